@@ -1,0 +1,3 @@
+//! instar
+#![forbid(unsafe_code)]
+fn main() {}

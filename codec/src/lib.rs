@@ -1,0 +1,3 @@
+//! codec
+#![no_std]
+#![forbid(unsafe_code)]

@@ -1,0 +1,810 @@
+//! Messages, as Protocol Buffers. `proto/instar.proto` is the same contract for other languages; a test holds the two
+//! together.
+//!
+//! One [`Request`] starts a run. The guest then makes [`Call`]s; the last is [`call::Kind::Done`]. Only
+//! [`call::Kind::Open`] has an answer, an [`OpenAnswer`].
+
+use alloc::vec::Vec;
+
+/// What a run is to do.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Request {
+    /// The operation.
+    #[prost(oneof = "request::Operation", tags = "1, 2, 3")]
+    pub operation: Option<request::Operation>,
+}
+
+/// Parts of [`Request`].
+pub mod request {
+    /// The operations.
+    #[derive(Clone, PartialEq, prost::Oneof)]
+    pub enum Operation {
+        /// Describe an image or a chain.
+        #[prost(message, tag = "1")]
+        Info(super::InfoRequest),
+        /// Copy images into a new or existing one.
+        #[prost(message, tag = "2")]
+        Convert(super::ConvertRequest),
+        /// Make an empty image.
+        #[prost(message, tag = "3")]
+        Create(super::CreateRequest),
+    }
+}
+
+/// An image that the user named.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Source {
+    /// Granted device that holds its main file.
+    #[prost(uint32, tag = "1")]
+    pub device: u32,
+    /// Its format; [`Format::Unknown`]: look at the first bytes.
+    #[prost(enumeration = "Format", tag = "2")]
+    pub format: i32,
+    /// Read this internal snapshot instead of the active state.
+    #[prost(message, optional, tag = "3")]
+    pub snapshot: Option<SnapshotSelector>,
+}
+
+/// Names an internal snapshot. Empty fields do not restrict.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct SnapshotSelector {
+    /// Must equal the snapshot's id.
+    #[prost(bytes = "vec", tag = "1")]
+    pub id: Vec<u8>,
+    /// Must equal the snapshot's name.
+    #[prost(bytes = "vec", tag = "2")]
+    pub name: Vec<u8>,
+    /// Equals the id, or else the name.
+    #[prost(bytes = "vec", tag = "3")]
+    pub id_or_name: Vec<u8>,
+}
+
+/// Formats of images (those that can be opened, then those that are only recognised).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum Format {
+    /// Not known, or to be found out.
+    Unknown = 0,
+    /// The bytes themselves.
+    Raw = 1,
+    /// QEMU copy on write, version 2 or 3.
+    Qcow2 = 2,
+    /// QEMU copy on write, version 1.
+    Qcow = 3,
+    /// VMware.
+    Vmdk = 4,
+    /// Virtual PC (VHD).
+    Vpc = 5,
+    /// Hyper-V.
+    Vhdx = 6,
+    /// VirtualBox.
+    Vdi = 7,
+    /// QEMU enhanced disk.
+    Qed = 8,
+    /// Parallels.
+    Parallels = 9,
+    /// LUKS volume.
+    Luks = 10,
+    /// Apple disk image.
+    Dmg = 11,
+    /// Bochs.
+    Bochs = 12,
+    /// Compressed loop.
+    Cloop = 13,
+    /// The protocol layer itself, as in `-f file`.
+    File = 14,
+    /// ISO 9660 or UDF file system (read as raw).
+    Iso = 32,
+    /// Raw disk with a GUID partition table.
+    Gpt = 33,
+    /// Raw disk with a DOS partition table.
+    Mbr = 34,
+    /// Expert witness format.
+    Ewf = 35,
+    /// Proxmox VMA archive.
+    Vma = 36,
+    /// Apple sparse image.
+    Asif = 37,
+    /// BitLocker volume.
+    Bitlocker = 38,
+}
+
+/// Describe an image.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct InfoRequest {
+    /// The image.
+    #[prost(message, required, tag = "1")]
+    pub image: Source,
+    /// Follow backing files and describe each.
+    #[prost(bool, tag = "2")]
+    pub chain: bool,
+    /// Fill [`ImageInfo::safety`].
+    #[prost(bool, tag = "3")]
+    pub safety: bool,
+}
+
+/// Copy images.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct ConvertRequest {
+    /// Read one behind the other.
+    #[prost(message, repeated, tag = "1")]
+    pub sources: Vec<Source>,
+    /// Where to.
+    #[prost(message, required, tag = "2")]
+    pub target: Target,
+    /// Store compressed.
+    #[prost(bool, tag = "3")]
+    pub compress: bool,
+    /// Zero runs of at least this many bytes stay unallocated; 0: allocate everything.
+    #[prost(uint64, tag = "4")]
+    pub sparse_bytes: u64,
+    /// An existing target is known to read as zero.
+    #[prost(bool, tag = "5")]
+    pub target_is_zero: bool,
+    /// Read errors become zeroes and a warning.
+    #[prost(bool, tag = "6")]
+    pub salvage: bool,
+    /// Copy persistent dirty bitmaps.
+    #[prost(bool, tag = "7")]
+    pub bitmaps: bool,
+    /// Leave out bitmaps marked inconsistent.
+    #[prost(bool, tag = "8")]
+    pub skip_broken_bitmaps: bool,
+    /// vCPUs to use, at least 1.
+    #[prost(uint32, tag = "9")]
+    pub threads: u32,
+    /// Send [`Progress`].
+    #[prost(bool, tag = "10")]
+    pub progress: bool,
+    /// Upper bound of bytes per second, 0 for none.
+    #[prost(uint64, tag = "11")]
+    pub rate_limit: u64,
+    /// Make the target durable before success is reported.
+    #[prost(bool, tag = "12")]
+    pub flush: bool,
+}
+
+/// Make an empty image.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct CreateRequest {
+    /// The image to make.
+    #[prost(message, required, tag = "1")]
+    pub target: Target,
+    /// Virtual size in bytes; absent: that of the backing image.
+    #[prost(uint64, optional, tag = "2")]
+    pub size: Option<u64>,
+}
+
+/// The image that is written.
+///
+/// Its file is asked for by [`OpenFile`] with [`FileRole::Target`] once the sources are open.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Target {
+    /// Its format, never [`Format::Unknown`].
+    #[prost(enumeration = "Format", tag = "1")]
+    pub format: i32,
+    /// The image exists: open it and write into it, create nothing.
+    #[prost(bool, tag = "2")]
+    pub existing: bool,
+    /// qcow2 creation options.
+    #[prost(message, optional, tag = "3")]
+    pub qcow2: Option<Qcow2Options>,
+    /// Preallocation of the raw file or the qcow2 image.
+    #[prost(enumeration = "Preallocation", tag = "4")]
+    pub preallocation: i32,
+    /// Backing image to record, already granted.
+    #[prost(message, optional, tag = "5")]
+    pub backing: Option<Backing>,
+}
+
+/// A backing image to record in a new image.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Backing {
+    /// Name as stored.
+    #[prost(bytes = "vec", tag = "1")]
+    pub name: Vec<u8>,
+    /// Format name as stored.
+    #[prost(bytes = "vec", tag = "2")]
+    pub format_name: Vec<u8>,
+    /// The image itself; absent: it is not opened (`create -u`).
+    #[prost(message, optional, tag = "3")]
+    pub image: Option<Source>,
+}
+
+/// qcow2 creation options; absent ones take qemu-img's default.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Qcow2Options {
+    /// 2 or 3.
+    #[prost(uint32, optional, tag = "1")]
+    pub version: Option<u32>,
+    /// Bytes.
+    #[prost(uint64, optional, tag = "2")]
+    pub cluster_size: Option<u64>,
+    /// Subclusters.
+    #[prost(bool, tag = "3")]
+    pub extended_l2: bool,
+    /// 1 to 64.
+    #[prost(uint32, optional, tag = "4")]
+    pub refcount_bits: Option<u32>,
+    /// Postponed refcounts.
+    #[prost(bool, tag = "5")]
+    pub lazy_refcounts: bool,
+    /// Zstandard instead of zlib.
+    #[prost(bool, tag = "6")]
+    pub zstd: bool,
+    /// External data file: its name as stored.
+    #[prost(bytes = "vec", optional, tag = "7")]
+    pub data_file: Option<Vec<u8>>,
+    /// The data file stays a valid raw image.
+    #[prost(bool, tag = "8")]
+    pub data_file_raw: bool,
+}
+
+/// How much of a new image is allocated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum Preallocation {
+    /// Nothing.
+    Off = 0,
+    /// Tables.
+    Metadata = 1,
+    /// Space reserved by the file system.
+    Falloc = 2,
+    /// Zeroes written.
+    Full = 3,
+}
+
+/// A message from the guest.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Call {
+    /// The message.
+    #[prost(oneof = "call::Kind", tags = "1, 2, 3, 4")]
+    pub kind: Option<call::Kind>,
+}
+
+/// Parts of [`Call`].
+pub mod call {
+    /// The messages.
+    #[derive(Clone, PartialEq, prost::Oneof)]
+    pub enum Kind {
+        /// Grant another file. Has an answer.
+        #[prost(message, tag = "1")]
+        Open(super::OpenFile),
+        /// How far the work is.
+        #[prost(message, tag = "2")]
+        Progress(super::Progress),
+        /// Something the user should hear; the work goes on.
+        #[prost(message, tag = "3")]
+        Warning(super::Failure),
+        /// The end.
+        #[prost(message, tag = "4")]
+        Done(super::Reply),
+    }
+}
+
+/// Asks for a file.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct OpenFile {
+    /// Why.
+    #[prost(enumeration = "FileRole", tag = "1")]
+    pub role: i32,
+    /// The device whose image names the file (0 for targets).
+    #[prost(uint32, tag = "2")]
+    pub referrer: u32,
+    /// The name as it stands in the image; empty for targets.
+    #[prost(bytes = "vec", tag = "3")]
+    pub name: Vec<u8>,
+    /// Targets: virtual size of the image to be written, bytes.
+    #[prost(uint64, tag = "4")]
+    pub size: u64,
+    /// The file must be writable.
+    #[prost(bool, tag = "5")]
+    pub writable: bool,
+    /// The format that the referrer records for the file, [`Format::Unknown`] if none or unknown.
+    #[prost(enumeration = "Format", tag = "6")]
+    pub format: i32,
+}
+
+/// Why a file is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum FileRole {
+    /// Not said.
+    Unspecified = 0,
+    /// The image's backing file or parent.
+    Backing = 1,
+    /// The image's external data file.
+    Data = 2,
+    /// A part of the image (VMDK extent).
+    Extent = 3,
+    /// The image that the user wants written.
+    Target = 4,
+    /// The external data file of the image that the user wants written.
+    TargetData = 5,
+}
+
+/// Answer to [`OpenFile`].
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct OpenAnswer {
+    /// The file was opened.
+    #[prost(bool, tag = "1")]
+    pub granted: bool,
+    /// Its device number.
+    #[prost(uint32, tag = "2")]
+    pub device: u32,
+    /// Its length, bytes.
+    #[prost(uint64, tag = "3")]
+    pub len: u64,
+    /// [`DeviceFlags`](crate::boot::DeviceFlags).
+    #[prost(uint32, tag = "4")]
+    pub flags: u32,
+}
+
+/// How far the work is.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Progress {
+    /// Bytes done.
+    #[prost(uint64, tag = "1")]
+    pub done: u64,
+    /// Bytes to do.
+    #[prost(uint64, tag = "2")]
+    pub total: u64,
+}
+
+/// The end of a run.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Reply {
+    /// Result or failure.
+    #[prost(oneof = "reply::Result", tags = "1, 2, 3, 4")]
+    pub result: Option<reply::Result>,
+}
+
+/// Parts of [`Reply`].
+pub mod reply {
+    /// Result or failure.
+    #[derive(Clone, PartialEq, prost::Oneof)]
+    pub enum Result {
+        /// It did not work.
+        #[prost(message, tag = "1")]
+        Failure(super::Failure),
+        /// Of [`InfoRequest`](super::InfoRequest).
+        #[prost(message, tag = "2")]
+        Info(super::InfoReply),
+        /// Of [`ConvertRequest`](super::ConvertRequest).
+        #[prost(message, tag = "3")]
+        Convert(super::ConvertReply),
+        /// Of [`CreateRequest`](super::CreateRequest).
+        #[prost(message, tag = "4")]
+        Create(super::CreateReply),
+    }
+}
+
+/// What went wrong, and with which file. Texts are made by the host.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Failure {
+    /// The cause.
+    #[prost(enumeration = "Cause", tag = "1")]
+    pub cause: i32,
+    /// During which step.
+    #[prost(enumeration = "Step", tag = "2")]
+    pub step: i32,
+    /// The file concerned.
+    #[prost(uint32, optional, tag = "3")]
+    pub device: Option<u32>,
+    /// The offending value, as [`Cause`] says.
+    #[prost(uint64, tag = "4")]
+    pub value: u64,
+    /// A second one.
+    #[prost(uint64, tag = "5")]
+    pub value2: u64,
+    /// Bytes from the image that the message quotes.
+    #[prost(bytes = "vec", tag = "6")]
+    pub text: Vec<u8>,
+    /// The host's `errno`, 0 if none.
+    #[prost(int32, tag = "7")]
+    pub os: i32,
+    /// Format concerned.
+    #[prost(enumeration = "Format", tag = "8")]
+    pub format: i32,
+}
+
+/// The step that failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum Step {
+    /// Opening an image.
+    Open = 0,
+    /// Reading its contents.
+    Read = 1,
+    /// Creating the target.
+    Create = 2,
+    /// Opening the existing target.
+    OpenTarget = 3,
+    /// Writing the target's contents.
+    Write = 4,
+    /// Finding the snapshot.
+    Snapshot = 5,
+    /// Copying bitmaps.
+    Bitmaps = 6,
+}
+
+/// Why something failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum Cause {
+    /// Not said; never sent on purpose.
+    Unspecified = 0,
+    /// A request to the host failed: `os`, `value` = offset.
+    Io = 1,
+    /// The host refused or could not open the file that was asked for; the host knows why.
+    OpenRefused = 2,
+    /// The first bytes are not those of `format`.
+    NotInFormat = 3,
+    /// The file is recognised as `format`, which this version does not open.
+    FormatNotSupported = 4,
+    /// The file ends inside the header.
+    HeaderTooShort = 5,
+    /// `value` = version.
+    UnsupportedVersion = 6,
+    /// `value` = unknown incompatible feature bits, `text` = their names in the image, separated by commas.
+    UnknownFeatures = 7,
+    /// `value` = log2 of the cluster size.
+    UnsupportedClusterSize = 8,
+    /// The virtual size exceeds what the format's tables can hold.
+    ImageTooBig = 9,
+    /// A header field contradicts the specification: `value` = [`Field`], `value2` = its value.
+    InvalidField = 10,
+    /// Marked corrupt and to be written.
+    MarkedCorrupt = 11,
+    /// Encrypted, and no key was given.
+    Encrypted = 12,
+    /// Tables contradict themselves or the file: `value` = offset.
+    CorruptMetadata = 13,
+    /// A compressed unit can't be decoded: `value` = disk offset.
+    CorruptData = 14,
+    /// No such snapshot.
+    SnapshotNotFound = 15,
+    /// The chain is longer than the limit `value`, or closed in itself.
+    ChainTooDeep = 16,
+    /// A backing image without a recorded format that refers to further files; its format must be given.
+    BackingFormatNeeded = 17,
+    /// The target is smaller than the source.
+    TargetTooSmall = 18,
+    /// The virtual size `value` does not fit the target format with these options.
+    SizeTooLarge = 19,
+    /// The target's options contradict each other: `value` = [`OptionError`].
+    InvalidOptions = 20,
+    /// The target format or image stores nothing compressed.
+    CompressionUnsupported = 21,
+    /// The source or target format knows no bitmaps.
+    BitmapsUnsupported = 22,
+    /// Bitmap `text` is inconsistent.
+    BitmapInconsistent = 23,
+    /// A valid image feature that this version does not handle.
+    Unsupported = 24,
+    /// Guest memory is used up.
+    OutOfMemory = 25,
+    /// The request message can't be understood.
+    BadRequest = 26,
+    /// The target and a source are the same file.
+    TargetIsSource = 27,
+    /// Compressed and preallocated exclude each other.
+    CompressedPreallocation = 28,
+    /// The number of snapshots, bitmaps or header extensions exceeds what is accepted: `value`.
+    TooMany = 29,
+}
+
+/// Header fields and tables of qcow2 named by [`Cause::InvalidField`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum Field {
+    /// Not said.
+    Unspecified = 0,
+    /// Header length exceeds the cluster.
+    HeaderLength = 1,
+    /// Backing file name's place.
+    BackingOffset = 2,
+    /// Backing file name's length.
+    BackingLength = 3,
+    /// Refcount width.
+    RefcountOrder = 4,
+    /// Encryption method.
+    EncryptionMethod = 5,
+    /// Active L1 table: size.
+    L1Size = 6,
+    /// Active L1 table: offset.
+    L1Offset = 7,
+    /// Active L1 table: too small for the virtual size.
+    L1TooSmall = 8,
+    /// Reference count table: size.
+    RefcountTableSize = 9,
+    /// Reference count table: offset.
+    RefcountTableOffset = 10,
+    /// Reference count table: missing.
+    RefcountTableMissing = 11,
+    /// Snapshot table: size.
+    SnapshotTableSize = 12,
+    /// Snapshot table: offset.
+    SnapshotTableOffset = 13,
+    /// Snapshot table: an entry.
+    SnapshotEntry = 14,
+    /// A header extension's length.
+    ExtensionLength = 15,
+    /// Compression type.
+    CompressionType = 16,
+    /// Extended L2 entries with clusters that are too small.
+    ExtendedL2ClusterSize = 17,
+    /// Bitmap directory.
+    BitmapDirectory = 18,
+    /// Encryption header.
+    EncryptionHeader = 19,
+    /// External data file wanted but not named.
+    DataFileMissing = 20,
+    /// A header extension contradicts the header.
+    Extension = 21,
+}
+
+/// Reasons of [`Cause::InvalidOptions`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum OptionError {
+    /// Not said.
+    Unspecified = 0,
+    /// Cluster size.
+    ClusterSize = 1,
+    /// Refcount width.
+    RefcountBits = 2,
+    /// Lazy refcounts need version 3.
+    LazyRefcountsVersion = 3,
+    /// Refcount width needs version 3.
+    RefcountBitsVersion = 4,
+    /// Extended L2 entries need version 3.
+    ExtendedL2Version = 5,
+    /// Extended L2 entries need larger clusters.
+    ExtendedL2ClusterSize = 6,
+    /// zstd needs version 3.
+    CompressionVersion = 7,
+    /// External data files need version 3.
+    DataFileVersion = 8,
+    /// `data_file_raw` needs `data_file`.
+    DataFileRawAlone = 9,
+    /// Backing and raw external data file exclude each other.
+    BackingWithDataFileRaw = 10,
+    /// Backing and preallocation exclude each other.
+    BackingWithPreallocation = 11,
+    /// Preallocation mode unknown to the format.
+    Preallocation = 12,
+}
+
+/// Descriptions, the image first, then its chain.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct InfoReply {
+    /// One for each image.
+    #[prost(message, repeated, tag = "1")]
+    pub images: Vec<ImageInfo>,
+}
+
+/// What an image says of itself.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct ImageInfo {
+    /// Its main file.
+    #[prost(uint32, tag = "1")]
+    pub device: u32,
+    /// Its format.
+    #[prost(enumeration = "Format", tag = "2")]
+    pub format: i32,
+    /// Size of the disk, bytes, not rounded.
+    #[prost(uint64, tag = "3")]
+    pub virtual_size: u64,
+    /// Cluster size in bytes, where the format has one.
+    #[prost(uint64, optional, tag = "4")]
+    pub cluster_size: Option<u64>,
+    /// Contents are encrypted.
+    #[prost(bool, tag = "5")]
+    pub encrypted: bool,
+    /// Not closed cleanly.
+    #[prost(bool, tag = "6")]
+    pub dirty: bool,
+    /// Name of the backing file as stored.
+    #[prost(bytes = "vec", optional, tag = "7")]
+    pub backing_file: Option<Vec<u8>>,
+    /// Its format as stored.
+    #[prost(bytes = "vec", optional, tag = "8")]
+    pub backing_format: Option<Vec<u8>>,
+    /// Internal snapshots.
+    #[prost(message, repeated, tag = "9")]
+    pub snapshots: Vec<Snapshot>,
+    /// qcow2 only.
+    #[prost(message, optional, tag = "10")]
+    pub qcow2: Option<Qcow2Info>,
+    /// Where asked for.
+    #[prost(message, optional, tag = "11")]
+    pub safety: Option<Safety>,
+}
+
+/// An internal snapshot.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Snapshot {
+    /// Id.
+    #[prost(bytes = "vec", tag = "1")]
+    pub id: Vec<u8>,
+    /// Name.
+    #[prost(bytes = "vec", tag = "2")]
+    pub name: Vec<u8>,
+    /// Bytes of saved machine state.
+    #[prost(uint64, tag = "3")]
+    pub vm_state_size: u64,
+    /// Seconds since 1970.
+    #[prost(uint32, tag = "4")]
+    pub date_sec: u32,
+    /// And nanoseconds.
+    #[prost(uint32, tag = "5")]
+    pub date_nsec: u32,
+    /// Machine clock, nanoseconds.
+    #[prost(uint64, tag = "6")]
+    pub vm_clock_nsec: u64,
+    /// Instruction count, where recorded.
+    #[prost(uint64, optional, tag = "7")]
+    pub icount: Option<u64>,
+    /// Virtual size at the time, bytes.
+    #[prost(uint64, tag = "8")]
+    pub virtual_size: u64,
+}
+
+/// qcow2 specifics.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Qcow2Info {
+    /// 2 or 3.
+    #[prost(uint32, tag = "1")]
+    pub version: u32,
+    /// Clusters are compressed by Zstandard.
+    #[prost(bool, tag = "2")]
+    pub zstd: bool,
+    /// Postponed refcounts.
+    #[prost(bool, tag = "3")]
+    pub lazy_refcounts: bool,
+    /// Persistent dirty bitmaps.
+    #[prost(message, repeated, tag = "4")]
+    pub bitmaps: Vec<Bitmap>,
+    /// Refcount width.
+    #[prost(uint32, tag = "5")]
+    pub refcount_bits: u32,
+    /// Legacy AES encryption.
+    #[prost(bool, tag = "6")]
+    pub aes: bool,
+    /// LUKS encryption.
+    #[prost(message, optional, tag = "7")]
+    pub luks: Option<LuksInfo>,
+    /// Name of the external data file.
+    #[prost(bytes = "vec", optional, tag = "8")]
+    pub data_file: Option<Vec<u8>>,
+    /// The data file is a valid raw image.
+    #[prost(bool, tag = "9")]
+    pub data_file_raw: bool,
+    /// Marked corrupt.
+    #[prost(bool, tag = "10")]
+    pub corrupt: bool,
+    /// Subclusters.
+    #[prost(bool, tag = "11")]
+    pub extended_l2: bool,
+    /// The image has an external data file (its name may be missing).
+    #[prost(bool, tag = "12")]
+    pub has_data_file: bool,
+}
+
+/// A persistent dirty bitmap.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Bitmap {
+    /// Name.
+    #[prost(bytes = "vec", tag = "1")]
+    pub name: Vec<u8>,
+    /// Bytes of disk per bit.
+    #[prost(uint64, tag = "2")]
+    pub granularity: u64,
+    /// Was not saved properly.
+    #[prost(bool, tag = "3")]
+    pub in_use: bool,
+    /// Is enabled when the image is opened.
+    #[prost(bool, tag = "4")]
+    pub auto: bool,
+}
+
+/// A LUKS header.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct LuksInfo {
+    /// 1 or 2.
+    #[prost(uint32, tag = "1")]
+    pub version: u32,
+    /// Cipher name as stored, such as `aes`.
+    #[prost(bytes = "vec", tag = "2")]
+    pub cipher_name: Vec<u8>,
+    /// Mode as stored, such as `xts-plain64`.
+    #[prost(bytes = "vec", tag = "3")]
+    pub cipher_mode: Vec<u8>,
+    /// Hash as stored, such as `sha256`.
+    #[prost(bytes = "vec", tag = "4")]
+    pub hash: Vec<u8>,
+    /// UUID as stored.
+    #[prost(bytes = "vec", tag = "5")]
+    pub uuid: Vec<u8>,
+    /// Bytes of the master key.
+    #[prost(uint32, tag = "6")]
+    pub key_bytes: u32,
+    /// Offset of the contents, bytes.
+    #[prost(uint64, tag = "7")]
+    pub payload_offset: u64,
+    /// Iterations of the master key digest.
+    #[prost(uint32, tag = "8")]
+    pub digest_iterations: u32,
+    /// Key slots.
+    #[prost(message, repeated, tag = "9")]
+    pub slots: Vec<LuksSlot>,
+}
+
+/// A LUKS key slot.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct LuksSlot {
+    /// In use.
+    #[prost(bool, tag = "1")]
+    pub active: bool,
+    /// Iterations.
+    #[prost(uint32, tag = "2")]
+    pub iterations: u32,
+    /// Offset of the key material, bytes.
+    #[prost(uint64, tag = "3")]
+    pub key_offset: u64,
+    /// Anti-forensic stripes.
+    #[prost(uint32, tag = "4")]
+    pub stripes: u32,
+}
+
+/// What an operator should know before trusting an image.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Safety {
+    /// What the bytes look like, whatever the format that was asked for; the most specific answer
+    /// (such as [`Format::Gpt`] for a raw disk).
+    #[prost(enumeration = "Format", tag = "1")]
+    pub detected: i32,
+    /// Other formats whose marks are also there.
+    #[prost(enumeration = "Format", repeated, tag = "2")]
+    pub also: Vec<i32>,
+    /// Files that the image refers to.
+    #[prost(message, repeated, tag = "3")]
+    pub references: Vec<Reference>,
+    /// Incompatible feature bits set (qcow2).
+    #[prost(uint64, tag = "4")]
+    pub incompatible_features: u64,
+}
+
+/// A file that an image refers to.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Reference {
+    /// As what.
+    #[prost(enumeration = "FileRole", tag = "1")]
+    pub role: i32,
+    /// Name as stored.
+    #[prost(bytes = "vec", tag = "2")]
+    pub name: Vec<u8>,
+}
+
+/// What a conversion did.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct ConvertReply {
+    /// Bytes of the disk.
+    #[prost(uint64, tag = "1")]
+    pub virtual_size: u64,
+    /// Bytes copied without passing through the guest.
+    #[prost(uint64, tag = "2")]
+    pub copied: u64,
+    /// Bytes read, transformed and written by the guest.
+    #[prost(uint64, tag = "3")]
+    pub transformed: u64,
+}
+
+/// What was created.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct CreateReply {
+    /// Bytes of the disk.
+    #[prost(uint64, tag = "1")]
+    pub virtual_size: u64,
+}

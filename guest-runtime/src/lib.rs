@@ -1,0 +1,3 @@
+//! guest-runtime
+#![no_std]
+#![forbid(unsafe_code)]

@@ -1,0 +1,3 @@
+//! luks
+#![no_std]
+#![forbid(unsafe_code)]

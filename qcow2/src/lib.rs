@@ -1,0 +1,3 @@
+//! qcow2
+#![no_std]
+#![forbid(unsafe_code)]

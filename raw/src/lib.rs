@@ -1,0 +1,3 @@
+//! raw
+#![no_std]
+#![forbid(unsafe_code)]
