@@ -2,7 +2,7 @@
 //! together.
 //!
 //! One [`Request`] starts a run. The guest then makes [`Call`]s; the last is [`call::Kind::Done`]. Only
-//! [`call::Kind::Open`] has an answer, an [`OpenAnswer`].
+//! [`call::Kind::Open`] (an [`OpenAnswer`]) and [`call::Kind::Pace`] (an empty one) have an answer.
 
 use alloc::vec::Vec;
 
@@ -258,7 +258,7 @@ pub enum Preallocation {
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Call {
     /// The message.
-    #[prost(oneof = "call::Kind", tags = "1, 2, 3, 4")]
+    #[prost(oneof = "call::Kind", tags = "1, 2, 3, 4, 5")]
     pub kind: Option<call::Kind>,
 }
 
@@ -279,6 +279,10 @@ pub mod call {
         /// The end.
         #[prost(message, tag = "4")]
         Done(super::Reply),
+        /// As [`Progress`](Self::Progress), but has an (empty) answer, which the host delays to keep
+        /// [`ConvertRequest::rate_limit`](super::ConvertRequest::rate_limit).
+        #[prost(message, tag = "5")]
+        Pace(super::Progress),
     }
 }
 
