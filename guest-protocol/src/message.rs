@@ -496,6 +496,8 @@ pub enum Cause {
     CompressedPreallocation = 28,
     /// The number of snapshots, bitmaps or header extensions exceeds what is accepted: `value`.
     TooMany = 29,
+    /// The format recorded for the backing file is the name of no driver: `text`.
+    UnknownBackingFormat = 30,
 }
 
 /// Header fields and tables of qcow2 named by [`Cause::InvalidField`].
