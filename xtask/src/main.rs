@@ -1,2 +1,50 @@
-//! tasks
-fn main() {}
+//! The task table: everything that people and CI run, by one name each.
+//!
+//! `cargo xtask` lists the tasks.
+#![forbid(unsafe_code)]
+
+mod bench;
+mod run;
+mod test;
+
+use std::env;
+use std::process::ExitCode;
+
+use crate::run::Result;
+
+/// A task: its name, what it does, and the function behind it.
+struct Task {
+    name: &'static str,
+    what: &'static str,
+    run: fn(&[String]) -> Result,
+}
+
+const TASKS: &[Task] = &[
+    Task { name: "test", what: "all tests: nextest where installed, then the doc tests", run: test::test },
+    Task { name: "golden", what: "qemu-img transcripts of ../shared/golden [-- REGEX]", run: test::golden },
+    Task { name: "corpus", what: "real images of ../shared/corpus [-- REGEX]", run: test::corpus },
+    Task { name: "bench-smoke", what: "run each criterion bench once", run: test::bench_smoke },
+    Task {
+        name: "bench-vs-qemu",
+        what: "compare with qemu-img: [--mib N] [--runs N] [--dir DIR] [--only WORD]",
+        run: bench::bench_vs_qemu,
+    },
+];
+
+fn main() -> ExitCode {
+    let args: Vec<String> = env::args().skip(1).collect();
+    let Some(task) = args.first().and_then(|name| TASKS.iter().find(|task| task.name == *name)) else {
+        eprintln!("usage: cargo xtask TASK\n");
+        for task in TASKS {
+            eprintln!("  {:14} {}", task.name, task.what);
+        }
+        return ExitCode::from(2);
+    };
+    match (task.run)(&args[1..]) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask {}: {error}", task.name);
+            ExitCode::FAILURE
+        }
+    }
+}

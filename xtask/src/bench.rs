@@ -1,0 +1,250 @@
+//! `bench-vs-qemu`: whole commands, sandbox start and end included, against the installed qemu-img.
+//!
+//! The same files, in turn (A B B A …), each pair gives one ratio; the table shows the median ratio and its extremes. Processes that a
+//! command leaves behind are waited for and counted in its CPU time, not in its wall time.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::prctl::set_child_subreaper;
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+
+use crate::run::{Result, release_binary, run};
+
+/// One row of the table.
+struct Workload {
+    name: &'static str,
+    /// Arguments, `{}` standing for the output file.
+    args: &'static [&'static str],
+}
+
+const WORKLOADS: &[Workload] = &[
+    Workload { name: "info", args: &["info", "plain.qcow2"] },
+    Workload { name: "info --backing-chain of six", args: &["info", "--backing-chain", "chain6.qcow2"] },
+    Workload { name: "qcow2 -> raw", args: &["convert", "-O", "raw", "plain.qcow2", "{}"] },
+    Workload { name: "qcow2 4 KiB clusters -> raw", args: &["convert", "-O", "raw", "c4k.qcow2", "{}"] },
+    Workload { name: "qcow2 extended L2 -> raw", args: &["convert", "-O", "raw", "extl2.qcow2", "{}"] },
+    Workload { name: "chain of six -> raw", args: &["convert", "-O", "raw", "chain6.qcow2", "{}"] },
+    Workload { name: "raw -> qcow2", args: &["convert", "-f", "raw", "-O", "qcow2", "data.raw", "{}"] },
+    Workload { name: "qcow2 -> qcow2", args: &["convert", "-O", "qcow2", "plain.qcow2", "{}"] },
+    Workload { name: "zlib qcow2 -> raw", args: &["convert", "-O", "raw", "zlib.qcow2", "{}"] },
+    Workload { name: "zlib qcow2 -> qcow2", args: &["convert", "-O", "qcow2", "zlib.qcow2", "{}"] },
+    Workload { name: "zstd qcow2 -> raw", args: &["convert", "-O", "raw", "zstd.qcow2", "{}"] },
+    Workload { name: "raw -> zlib qcow2", args: &["convert", "-f", "raw", "-O", "qcow2", "-c", "data.raw", "{}"] },
+    Workload {
+        name: "raw -> zstd qcow2",
+        args: &["convert", "-f", "raw", "-O", "qcow2", "-c", "-o", "compression_type=zstd", "data.raw", "{}"],
+    },
+];
+
+struct Options {
+    mib: u64,
+    runs: usize,
+    dir: PathBuf,
+    only: Option<String>,
+}
+
+fn options(args: &[String]) -> Result<Options> {
+    let mut options = Options { mib: 256, runs: 11, dir: PathBuf::from("/dev/shm"), only: None };
+    let mut args = args.iter();
+    while let Some(key) = args.next() {
+        let value = args.next().ok_or_else(|| format!("{key} needs a value"))?;
+        match key.as_str() {
+            "--mib" => options.mib = value.parse()?,
+            "--runs" => options.runs = value.parse()?,
+            "--dir" => options.dir = value.into(),
+            "--only" => options.only = Some(value.clone()),
+            _ => return Err(format!("unknown option {key}").into()),
+        }
+    }
+    Ok(options)
+}
+
+/// Prints the table.
+pub fn bench_vs_qemu(args: &[String]) -> Result {
+    let options = options(args)?;
+    let instar = release_binary()?;
+    let dir = tempfile::tempdir_in(&options.dir)?;
+    make_inputs(dir.path(), options.mib)?;
+    set_child_subreaper(true)?;
+    println!("{} MiB of real files in {}, {} pairs\n", options.mib, options.dir.display(), options.runs);
+    println!("| workload | ratio (min-max) | instar ms | qemu-img ms | CPU ratio | peak MiB | qemu-img MiB |");
+    println!("|---|---|---|---|---|---|---|");
+    for workload in WORKLOADS {
+        if options.only.as_ref().is_none_or(|word| workload.name.contains(word.as_str())) {
+            row(dir.path(), workload, &instar, options.runs)?;
+        }
+    }
+    Ok(())
+}
+
+fn row(dir: &Path, workload: &Workload, instar: &Path, runs: usize) -> Result {
+    let qemu = Path::new("qemu-img");
+    let (mut ratios, mut cpu_ratios, mut ours, mut theirs) = (vec![], vec![], vec![], vec![]);
+    // One pair to warm up.
+    measure(dir, instar, workload)?;
+    measure(dir, qemu, workload)?;
+    for round in 0..runs {
+        let (a, b) = match round % 2 {
+            0 => {
+                let a = measure(dir, instar, workload)?;
+                (a, measure(dir, qemu, workload)?)
+            }
+            _ => {
+                let b = measure(dir, qemu, workload)?;
+                (measure(dir, instar, workload)?, b)
+            }
+        };
+        ratios.push(a.wall / b.wall);
+        cpu_ratios.push(a.cpu / b.cpu.max(1e-6));
+        ours.push(a.wall * 1e3);
+        theirs.push(b.wall * 1e3);
+    }
+    let (low, high) = (ratios.iter().copied().fold(f64::MAX, f64::min), ratios.iter().copied().fold(0.0, f64::max));
+    println!(
+        "| {} | {:.2} ({low:.2}-{high:.2}) | {:.1} | {:.1} | {:.2} | {:.0} | {:.0} |",
+        workload.name,
+        median(&mut ratios),
+        median(&mut ours),
+        median(&mut theirs),
+        median(&mut cpu_ratios),
+        peak_mib(dir, instar, workload)?,
+        peak_mib(dir, qemu, workload)?,
+    );
+    Ok(())
+}
+
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+struct Measure {
+    wall: f64,
+    cpu: f64,
+}
+
+fn command(dir: &Path, program: &Path, workload: &Workload) -> Command {
+    let output = dir.join("out");
+    let _ = fs::remove_file(&output);
+    let mut command = Command::new(program);
+    command.current_dir(dir).stdin(Stdio::null()).stdout(Stdio::null());
+    command.args(workload.args.iter().map(|arg| if *arg == "{}" { output.as_os_str() } else { arg.as_ref() }));
+    command
+}
+
+fn measure(dir: &Path, program: &Path, workload: &Workload) -> Result<Measure> {
+    let mut command = command(dir, program, workload);
+    let before = children_cpu()?;
+    let start = Instant::now();
+    let status = command.status()?;
+    let wall = start.elapsed().as_secs_f64();
+    if !status.success() {
+        return Err(format!("{command:?}: {status}").into());
+    }
+    reap_orphans();
+    Ok(Measure { wall, cpu: children_cpu()? - before })
+}
+
+/// Waits for processes that outlive their command.
+fn reap_orphans() {
+    while let Ok(status) = waitpid(None, Some(WaitPidFlag::empty())) {
+        if status == WaitStatus::StillAlive {
+            break;
+        }
+    }
+}
+
+fn children_cpu() -> Result<f64> {
+    let usage = getrusage(UsageWho::RUSAGE_CHILDREN)?;
+    let seconds = |time: nix::sys::time::TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;
+    Ok(seconds(usage.user_time()) + seconds(usage.system_time()))
+}
+
+/// The largest sum of resident memory over the command's processes, seen every half millisecond in a run of its own.
+fn peak_mib(dir: &Path, program: &Path, workload: &Workload) -> Result<f64> {
+    let mut child = command(dir, program, workload).spawn()?;
+    let mut peak = 0;
+    while child.try_wait()?.is_none() {
+        peak = peak.max(family_rss(&child));
+        std::thread::sleep(Duration::from_micros(500));
+    }
+    reap_orphans();
+    Ok(peak as f64 / f64::from(1 << 20))
+}
+
+fn family_rss(child: &Child) -> u64 {
+    let id = child.id();
+    let tasks = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
+    let children = tasks.split_whitespace().filter_map(|word| word.parse().ok());
+    std::iter::once(id).chain(children).map(proportional_set).sum()
+}
+
+/// Memory of a process, shared pages counted by their share.
+fn proportional_set(id: u32) -> u64 {
+    let rollup = fs::read_to_string(format!("/proc/{id}/smaps_rollup")).unwrap_or_default();
+    let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:"));
+    line.and_then(|rest| rest.trim().strip_suffix(" kB")).and_then(|kib| kib.trim().parse::<u64>().ok()).unwrap_or(0)
+        << 10
+}
+
+fn make_inputs(dir: &Path, mib: u64) -> Result {
+    real_files(&dir.join("data.raw"), mib << 20)?;
+    let qemu = |args: &[&str]| run(Command::new("qemu-img").current_dir(dir).args(args).stdout(Stdio::null()));
+    let convert = |options: &[&str], name| {
+        let mut args = vec!["convert", "-f", "raw", "-O", "qcow2"];
+        args.extend_from_slice(options);
+        args.extend(["data.raw", name]);
+        qemu(&args)
+    };
+    convert(&[], "plain.qcow2")?;
+    convert(&["-o", "cluster_size=4k"], "c4k.qcow2")?;
+    convert(&["-o", "extended_l2=on"], "extl2.qcow2")?;
+    convert(&["-c", "-W", "-m", "8"], "zlib.qcow2")?;
+    convert(&["-c", "-W", "-m", "8", "-o", "compression_type=zstd"], "zstd.qcow2")?;
+    // Six layers: the base, and five that each hold every sixth stretch of 2 MiB.
+    let mut below = "plain.qcow2".to_owned();
+    for layer in 2..=6 {
+        let name = format!("chain{layer}.qcow2");
+        qemu(&["create", "-q", "-f", "qcow2", "-b", &below, "-F", "qcow2", &name])?;
+        let mut io = Command::new("qemu-io");
+        io.current_dir(dir).stdout(Stdio::null());
+        for stretch in (layer..mib / 2).step_by(6) {
+            io.args(["-c", &format!("write -P {} {}M 2M", 0x10 + layer, stretch * 2)]);
+        }
+        run(io.arg(&name))?;
+        below = name;
+    }
+    Ok(())
+}
+
+/// Programs, libraries and texts of this machine, one behind the other.
+fn real_files(path: &Path, len: u64) -> Result {
+    let mut out = File::create(path)?;
+    let mut left = len;
+    let mut dirs = vec![PathBuf::from("/usr/share"), PathBuf::from("/usr/lib"), PathBuf::from("/usr/bin")];
+    while let Some(dir) = dirs.pop() {
+        let Ok(entries) = fs::read_dir(&dir) else { continue };
+        let mut entries: Vec<_> = entries.flatten().collect();
+        entries.sort_by_key(|entry| entry.path());
+        for entry in entries {
+            let Ok(kind) = entry.file_type() else { continue };
+            if kind.is_dir() {
+                dirs.push(entry.path());
+            } else if kind.is_file() && left > 0 {
+                let mut bytes = Vec::new();
+                File::open(entry.path()).and_then(|file| file.take(left.min(8 << 20)).read_to_end(&mut bytes)).ok();
+                out.write_all(&bytes)?;
+                left -= bytes.len() as u64;
+            }
+        }
+        if left == 0 {
+            return Ok(());
+        }
+    }
+    Err(format!("this machine has {left} bytes too few under /usr").into())
+}

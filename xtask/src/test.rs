@@ -1,0 +1,47 @@
+//! Tests, the same for people and for CI.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use crate::run::{Result, cargo, installed, release_binary, root, run};
+
+/// All tests of the workspace. The doc tests come first, so that the last line printed is the runner's summary of the tests proper.
+pub fn test(args: &[String]) -> Result {
+    run(cargo().args(["test", "--workspace", "--doc", "--quiet"]))?;
+    match installed("cargo-nextest", "--version") {
+        true => run(cargo().args(["nextest", "run", "--workspace", "--no-fail-fast"]).args(args)),
+        false => {
+            eprintln!("cargo-nextest is not installed: using cargo test");
+            run(cargo().args(["test", "--workspace", "--all-targets", "--no-fail-fast"]).args(args))
+        }
+    }
+}
+
+/// Runs every criterion bench once, to see that it works.
+pub fn bench_smoke(_args: &[String]) -> Result {
+    run(cargo().args(["bench", "--package", "instar-benches", "--", "--test"]))
+}
+
+/// The golden transcripts.
+pub fn golden(args: &[String]) -> Result {
+    shared_runner("golden/run.py", args)
+}
+
+/// The corpus of real images.
+pub fn corpus(args: &[String]) -> Result {
+    shared_runner("corpus/run.py", args)
+}
+
+fn shared_runner(script: &str, args: &[String]) -> Result {
+    let script: PathBuf = root().join("../shared").join(script);
+    if !script.exists() {
+        return Err(format!("{} is not there: nothing to compare with", script.display()).into());
+    }
+    let binary = release_binary()?;
+    let mut command = Command::new("python3");
+    command.arg(script);
+    if let Some(only) = args.iter().find(|arg| *arg != "--") {
+        command.args(["--only", only]);
+    }
+    run(command.arg(binary))
+}
