@@ -1,3 +1,24 @@
-//! guest-runtime
+//! The program that instar runs inside its virtual machine: one operation over granted files.
+//!
+//! ```text
+//!   bin/<verb>.rs ──► ops/<verb> ──► image, chain ──► format crates      safe, tested on the host
+//!        │                └──────────── platform ───────────┘
+//!        └──► rt (freestanding): entry, heap, virtqueue, workers          all the unsafe there is
+//!             host (std): threads and host files, for tests
+//! ```
+//!
+//! # Features
+//! * `freestanding`: the runtime on bare vCPUs, for the guest programs only. Not to be combined with `std`.
+//! * `std`: [`host`], the same platform over threads and files.
 #![no_std]
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
+
+extern crate alloc;
+#[cfg(any(feature = "std", test))]
+extern crate std;
+
+pub mod files;
+#[cfg(any(feature = "std", test))]
+pub mod host;
+pub mod lock;
+pub mod platform;
