@@ -548,6 +548,36 @@ pub enum Field {
     DataFileMissing = 20,
     /// A header extension contradicts the header.
     Extension = 21,
+    /// The compression feature bit is set although the type is zlib.
+    CompressionBitSet = 22,
+    /// The compression feature bit is missing although the type is not zlib.
+    CompressionBitMissing = 23,
+    /// Length of the backing format's name.
+    BackingFormatLength = 24,
+    /// Encryption header pointer of an image that is not encrypted by LUKS.
+    CryptoUnexpected = 25,
+    /// Length of the encryption header pointer.
+    CryptoLength = 26,
+    /// Offset of the encryption header.
+    CryptoOffset = 27,
+    /// LUKS without an encryption header pointer.
+    CryptoMissing = 28,
+    /// L1 table of a snapshot: size.
+    SnapshotL1Size = 29,
+    /// L1 table of a snapshot: offset.
+    SnapshotL1Offset = 30,
+    /// Bitmaps extension: length.
+    BitmapsLength = 31,
+    /// Bitmaps extension: reserved field.
+    BitmapsReserved = 32,
+    /// Bitmaps extension: too many bitmaps.
+    BitmapsCount = 33,
+    /// Bitmaps extension: no bitmap.
+    BitmapsNone = 34,
+    /// Bitmap directory: offset.
+    BitmapsOffset = 35,
+    /// Bitmap directory: size.
+    BitmapsSize = 36,
 }
 
 /// Reasons of [`Cause::InvalidOptions`].
