@@ -1,0 +1,294 @@
+use core::fmt;
+
+use instar_blockio as blockio;
+
+/// Why an image can't be opened, read, made or changed. Each cause carries the offending value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Error {
+    /// The file below failed.
+    Io(blockio::Error),
+    /// The file doesn't begin with the magic number.
+    NotQcow2,
+    /// Neither version 2 nor 3.
+    UnsupportedVersion(u32),
+    /// log2 of a cluster size outside 9 to 21.
+    UnsupportedClusterBits(u32),
+    /// A version 3 header of less than 104 bytes: its length.
+    HeaderTooShort(u32),
+    /// A header longer than a cluster: its length.
+    HeaderTooLong(u32),
+    /// The backing file name lies behind the first cluster: its offset.
+    BackingOffset(u64),
+    /// The backing file name is longer than 1023 bytes or reaches behind the first cluster: its length.
+    BackingNameTooLong(u32),
+    /// Incompatible feature bits that have no meaning here; [`feature_names`](crate::feature_names) may name them.
+    UnknownFeatures(u64),
+    /// Compression type that is neither zlib nor zstd.
+    UnknownCompression(u8),
+    /// The compression feature bit is set although the type is zlib.
+    CompressionBitSet,
+    /// The compression feature bit is missing although the type is not zlib.
+    CompressionBitMissing,
+    /// Extended L2 entries with subclusters of less than 512 bytes: their size.
+    SubclusterSize(u32),
+    /// log2 of a refcount width above 64 bits.
+    RefcountOrder(u32),
+    /// Encryption method that is neither none, AES nor LUKS.
+    EncryptionMethod(u32),
+    /// The refcount table has no clusters.
+    NoRefcountTable,
+    /// A table has more entries (clusters, for the refcount table) than are accepted.
+    TableTooLarge(Table, u32),
+    /// A table's offset is not a multiple of the cluster size, or it ends behind 2^63.
+    TableOffset(Table, u64),
+    /// The virtual size needs more L1 entries than there can be.
+    ImageTooBig(u64),
+    /// The active L1 table has fewer entries than the virtual size needs: entries present.
+    L1TooSmall(u32),
+    /// A header extension reaches behind its area: its length.
+    ExtensionTooLarge(u32),
+    /// The backing format's name has more than 15 bytes: its length.
+    BackingFormatTooLong(u32),
+    /// An encryption header pointer in an image that is not encrypted by LUKS.
+    UnexpectedCryptoHeader,
+    /// The encryption header pointer has a wrong length.
+    CryptoExtensionLength(u32),
+    /// The encryption header is not aligned to a cluster: its offset.
+    CryptoHeaderOffset(u64),
+    /// LUKS without an encryption header pointer.
+    NoCryptoHeader,
+    /// The bitmaps extension contradicts the specification.
+    BitmapsExtension(BitmapsFault),
+    /// The bitmap directory can't be read as such.
+    BitmapDirectory(DirectoryFault),
+    /// A snapshot table entry has more than 1024 bytes of extra data: its number.
+    SnapshotExtraData(u32),
+    /// The snapshot table has more than 64 MiB.
+    SnapshotTableTooBig,
+    /// No snapshot answers to the selector.
+    SnapshotNotFound,
+    /// The image needs its external data file, which has not been attached.
+    DataFileMissing,
+    /// A metadata entry that can't be.
+    Corrupt(Corruption),
+    /// Memory for a bounded table could not be had.
+    OutOfMemory,
+}
+
+/// A table that the header or a snapshot points to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Table {
+    /// Active L1 table.
+    ActiveL1,
+    /// L1 table of a snapshot.
+    SnapshotL1,
+    /// Refcount table.
+    Refcount,
+    /// Snapshot table.
+    Snapshots,
+}
+
+/// What is wrong with the bitmaps extension.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BitmapsFault {
+    /// It doesn't have 24 bytes: its length.
+    Length(u32),
+    /// Its reserved field is not zero.
+    Reserved,
+    /// More than 65535 bitmaps: their number.
+    TooMany(u32),
+    /// No bitmap.
+    None,
+    /// The directory is not aligned to a cluster: its offset.
+    DirectoryOffset(u64),
+    /// The directory is too long: bytes.
+    DirectorySize(u64),
+}
+
+/// What is wrong with the bitmap directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DirectoryFault {
+    /// An entry reaches behind the directory, which has bytes left or is at its end.
+    Broken,
+    /// More entries than the header extension says.
+    MoreThanSaid,
+    /// Fewer entries than the header extension says.
+    FewerThanSaid,
+    /// An entry has extra data.
+    ExtraData,
+    /// An entry's fields contradict the specification or the disk: its number.
+    Constraints(u32),
+}
+
+/// Which metadata entry is impossible.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Corruption {
+    /// An L2 table is not aligned to a cluster: its offset.
+    L2Unaligned(u64),
+    /// A data cluster is not aligned to a cluster: its offset.
+    ClusterUnaligned(u64),
+    /// A version 2 image has a zero cluster: disk offset.
+    ZeroInV2(u64),
+    /// An image with an external data file has a compressed cluster: disk offset.
+    CompressedWithDataFile(u64),
+    /// A raw external data file holds a cluster elsewhere than at its disk offset: disk offset.
+    DataFileOffset(u64),
+    /// Subclusters that are allocated and zero at once, or allocated without a cluster: disk offset.
+    Subclusters(u64),
+    /// A compressed cluster lies behind the end of the file, or can't be decoded: disk offset.
+    Compressed(u64),
+    /// A bitmap table entry is not aligned or has reserved bits: the entry.
+    BitmapEntry(u64),
+}
+
+/// Result of an operation on an image.
+pub type Result<T> = core::result::Result<T, Error>;
+
+impl From<blockio::Error> for Error {
+    fn from(error: blockio::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+impl From<Corruption> for Error {
+    fn from(corruption: Corruption) -> Self {
+        Self::Corrupt(corruption)
+    }
+}
+
+/// The kind of the cause, for those who see the image as a block device only.
+impl From<Error> for blockio::Error {
+    fn from(error: Error) -> Self {
+        use blockio::ErrorKind;
+        match error {
+            Error::Io(error) => error,
+            Error::Corrupt(corruption) => Self::new(ErrorKind::Corrupt).at(corruption.offset()),
+            Error::OutOfMemory => ErrorKind::OutOfMemory.into(),
+            Error::DataFileMissing | Error::SnapshotNotFound => ErrorKind::InvalidInput.into(),
+            Error::UnsupportedVersion(_) | Error::UnknownFeatures(_) | Error::UnknownCompression(_) => {
+                ErrorKind::Unsupported.into()
+            }
+            _ => ErrorKind::Corrupt.into(),
+        }
+    }
+}
+
+impl Corruption {
+    /// The offset (or entry) that the corruption carries.
+    pub const fn offset(self) -> u64 {
+        match self {
+            Self::L2Unaligned(at)
+            | Self::ClusterUnaligned(at)
+            | Self::ZeroInV2(at)
+            | Self::CompressedWithDataFile(at)
+            | Self::DataFileOffset(at)
+            | Self::Subclusters(at)
+            | Self::Compressed(at)
+            | Self::BitmapEntry(at) => at,
+        }
+    }
+}
+
+impl fmt::Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ActiveL1 => "active L1 table",
+            Self::SnapshotL1 => "snapshot L1 table",
+            Self::Refcount => "refcount table",
+            Self::Snapshots => "snapshot table",
+        })
+    }
+}
+
+impl fmt::Display for BitmapsFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::Length(len) => write!(f, "length {len}"),
+            Self::Reserved => f.write_str("reserved field"),
+            Self::TooMany(count) => write!(f, "{count} bitmaps"),
+            Self::None => f.write_str("no bitmap"),
+            Self::DirectoryOffset(offset) => write!(f, "directory at {offset:#x}"),
+            Self::DirectorySize(len) => write!(f, "directory of {len} bytes"),
+        }
+    }
+}
+
+impl fmt::Display for DirectoryFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::Broken => f.write_str("entry reaches behind the end"),
+            Self::MoreThanSaid => f.write_str("more entries than recorded"),
+            Self::FewerThanSaid => f.write_str("fewer entries than recorded"),
+            Self::ExtraData => f.write_str("entry with extra data"),
+            Self::Constraints(index) => write!(f, "invalid entry {index}"),
+        }
+    }
+}
+
+impl fmt::Display for Corruption {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::L2Unaligned(at) => write!(f, "L2 table at {at:#x} is not aligned"),
+            Self::ClusterUnaligned(at) => write!(f, "cluster at {at:#x} is not aligned"),
+            Self::ZeroInV2(at) => write!(f, "zero cluster in version 2 at disk offset {at:#x}"),
+            Self::CompressedWithDataFile(at) => {
+                write!(f, "compressed cluster despite data file at disk offset {at:#x}")
+            }
+            Self::DataFileOffset(at) => write!(f, "misplaced cluster of the data file at disk offset {at:#x}"),
+            Self::Subclusters(at) => write!(f, "contradictory subclusters at disk offset {at:#x}"),
+            Self::Compressed(at) => write!(f, "undecodable compressed cluster at disk offset {at:#x}"),
+            Self::BitmapEntry(entry) => write!(f, "invalid bitmap table entry {entry:#x}"),
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::Io(_) => f.write_str("the image file failed"),
+            Self::NotQcow2 => f.write_str("not a qcow2 image"),
+            Self::UnsupportedVersion(version) => write!(f, "version {version} is not supported"),
+            Self::UnsupportedClusterBits(bits) => write!(f, "cluster size 2^{bits} is not supported"),
+            Self::HeaderTooShort(len) => write!(f, "header of {len} bytes is too short"),
+            Self::HeaderTooLong(len) => write!(f, "header of {len} bytes exceeds the cluster"),
+            Self::BackingOffset(at) => write!(f, "backing file name at {at:#x} lies behind the first cluster"),
+            Self::BackingNameTooLong(len) => write!(f, "backing file name of {len} bytes is too long"),
+            Self::UnknownFeatures(bits) => write!(f, "unknown incompatible features {bits:#x}"),
+            Self::UnknownCompression(kind) => write!(f, "unknown compression type {kind}"),
+            Self::CompressionBitSet => f.write_str("compression feature bit set for zlib"),
+            Self::CompressionBitMissing => f.write_str("compression feature bit missing"),
+            Self::SubclusterSize(size) => write!(f, "subclusters of {size} bytes are too small"),
+            Self::RefcountOrder(order) => write!(f, "refcounts of 2^{order} bits are too wide"),
+            Self::EncryptionMethod(method) => write!(f, "unknown encryption method {method}"),
+            Self::NoRefcountTable => f.write_str("no refcount table"),
+            Self::TableTooLarge(table, count) => write!(f, "{table} with size {count} is too large"),
+            Self::TableOffset(table, at) => write!(f, "{table} at {at:#x} is misplaced"),
+            Self::ImageTooBig(size) => write!(f, "virtual size {size} is too big"),
+            Self::L1TooSmall(count) => write!(f, "active L1 table of {count} entries is too small"),
+            Self::ExtensionTooLarge(len) => write!(f, "header extension of {len} bytes is too large"),
+            Self::BackingFormatTooLong(len) => write!(f, "backing format of {len} bytes is too long"),
+            Self::UnexpectedCryptoHeader => f.write_str("encryption header without LUKS encryption"),
+            Self::CryptoExtensionLength(len) => write!(f, "encryption header pointer of {len} bytes"),
+            Self::CryptoHeaderOffset(at) => write!(f, "encryption header at {at:#x} is not aligned"),
+            Self::NoCryptoHeader => f.write_str("encryption header is missing"),
+            Self::BitmapsExtension(fault) => write!(f, "bitmaps extension: {fault}"),
+            Self::BitmapDirectory(fault) => write!(f, "bitmap directory: {fault}"),
+            Self::SnapshotExtraData(index) => write!(f, "snapshot entry {index} has too much extra data"),
+            Self::SnapshotTableTooBig => f.write_str("snapshot table is too big"),
+            Self::SnapshotNotFound => f.write_str("no such snapshot"),
+            Self::DataFileMissing => f.write_str("external data file is missing"),
+            Self::Corrupt(corruption) => write!(f, "{corruption}"),
+            Self::OutOfMemory => f.write_str("out of memory"),
+        }
+    }
+}
+
+impl core::error::Error for Error {
+    fn source(&self) -> Option<&(dyn core::error::Error + 'static)> {
+        match self {
+            Self::Io(error) => Some(error),
+            _ => None,
+        }
+    }
+}
