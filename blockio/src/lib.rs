@@ -23,21 +23,40 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 extern crate alloc;
 #[cfg(any(feature = "std", feature = "test", test))]
 extern crate std;
 
+mod concat;
 mod error;
 mod extent;
 mod impls;
 mod limits;
 mod mem;
+mod opener;
+mod overlay;
 mod traits;
+mod window;
+mod zero;
 
+#[cfg(feature = "std")]
+pub mod file;
+#[cfg(feature = "test")]
+pub mod test;
+
+pub use concat::Concat;
 pub use error::{Error, ErrorKind, Result};
 pub use extent::{Codec, CompressedRun, Extent, ExtentKind, Extents, FileId};
 pub use limits::{Limits, check_range};
 pub use mem::MemBlock;
+pub use opener::{FileRole, OpenedFile, Opener};
+pub use overlay::Overlay;
 pub use traits::{
     BlockAlloc, BlockIo, BlockMap, BlockMapExt, BlockRead, BlockWrite, Layer, ReadPart, Reservation, ZeroMode,
 };
+pub use window::Window;
+pub use zero::{data_runs, is_zero};

@@ -19,12 +19,18 @@ use crate::{
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct MemBlock {
     bytes: Vec<u8>,
+    file: FileId,
 }
 
 impl MemBlock {
     /// A disk of `size` zero bytes.
     pub fn zeroed(size: usize) -> Self {
-        Self { bytes: alloc::vec![0; size] }
+        alloc::vec![0; size].into()
+    }
+
+    /// The same disk under another number; it is file 0 by default.
+    pub fn with_id(self, file: FileId) -> Self {
+        Self { file, ..self }
     }
 
     /// The contents.
@@ -51,7 +57,7 @@ impl MemBlock {
 
 impl From<Vec<u8>> for MemBlock {
     fn from(bytes: Vec<u8>) -> Self {
-        Self { bytes }
+        Self { bytes, file: FileId::default() }
     }
 }
 
@@ -114,6 +120,41 @@ impl BlockMap for MemBlock {
         }
         check_range(self.size(), offset, 1)?;
         let len = max_len.min(self.size() - offset);
-        Ok(Extent { offset, len, depth: 0, kind: ExtentKind::Data { file: FileId(0), host: offset } })
+        Ok(Extent { offset, len, depth: 0, kind: ExtentKind::Data { file: self.file, host: offset } })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn grows_by_writes_but_not_by_zeroes() {
+        let mut disk = MemBlock::zeroed(4);
+        disk.write_at(6, b"ab").unwrap();
+        assert_eq!(disk.as_bytes(), b"\0\0\0\0\0\0ab");
+        let past = Error::new(ErrorKind::OutOfBounds).at(7);
+        assert_eq!(disk.write_zeroes(7, 2, ZeroMode::Unmap).unwrap_err(), past);
+        disk.write_at(100, b"").unwrap_err();
+        assert_eq!(disk.write_at(u64::MAX, b"a").unwrap_err().kind(), ErrorKind::OutOfBounds);
+        disk.discard(6, 1).unwrap();
+        disk.set_size(7).unwrap();
+        assert_eq!(disk.into_bytes(), [0; 7]);
+    }
+
+    #[test]
+    fn reads_are_checked() {
+        let disk = MemBlock::from(b"abc".to_vec());
+        disk.read_at(3, &mut []).unwrap();
+        for offset in [3, 4, u64::MAX] {
+            assert_eq!(disk.read_at(offset, &mut [0]).unwrap_err(), Error::new(ErrorKind::OutOfBounds).at(offset));
+        }
+    }
+
+    #[test]
+    fn an_absurd_size_is_an_error() {
+        let mut disk = MemBlock::zeroed(1);
+        assert_eq!(disk.set_size(u64::MAX).unwrap_err().kind(), ErrorKind::OutOfMemory);
+        assert_eq!(disk.size(), 1);
     }
 }

@@ -64,7 +64,7 @@ pub trait BlockWrite: BlockRead {
     /// After an error any part of the range may be old or new.
     fn write_at(&mut self, offset: u64, buf: &[u8]) -> Result<()>;
 
-    /// Makes the range read as zero.
+    /// Makes the range read as zero. It must lie inside the device, even on one that grows.
     ///
     /// # Errors
     /// As [`write_at`](Self::write_at).
