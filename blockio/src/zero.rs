@@ -34,9 +34,13 @@ fn is_zero_chunk(chunk: &[u8; CHUNK]) -> bool {
 ///    written as data otherwise.
 ///
 /// Nothing is remembered from one buffer to the next, so a short run of zeros that straddles two
-/// requests is skipped. qemu-img takes requests of at most 2 MiB, ended as well by every end of a
-/// source extent, and for `-S N`: `min_zero` = N and `alignment` = the largest power of two up to N (or the
-/// target's request alignment, if that is larger). `-S 0` writes everything and needs no scan.
+/// requests is skipped. For `-S N` qemu-img takes `min_zero` = N and `alignment` = the largest power of two up
+/// to N (or the target's request alignment, if that is larger), so rule 3 only ever decides something
+/// where N is no power of two. `-S 0` writes everything and needs no scan.
+///
+/// Its requests begin at a data extent of the source (contiguous in one file) and have at most 2 MiB;
+/// they end where the extent ends, but if that is inside a cluster of the source (of 512 bytes for raw), a
+/// request that began before that cluster ends at the cluster's start.
 ///
 /// An `alignment` of 0 counts as 1. Work is linear in the length of the buffer.
 ///
