@@ -21,4 +21,10 @@ pub mod files;
 #[cfg(any(feature = "std", test))]
 pub mod host;
 pub mod lock;
+#[cfg(all(test, not(feature = "freestanding")))]
+#[allow(unsafe_code)]
+#[path = "rt/mem.rs"]
+mod mem;
 pub mod platform;
+#[cfg(feature = "freestanding")]
+pub mod rt;

@@ -108,7 +108,8 @@ pub trait Platform: Clone + Send + Sync + 'static {
     /// Executes the requests in order, in as few turns as possible. Any size and number is allowed.
     ///
     /// # Errors
-    /// Index of the first request that failed, and why. Those before it were executed; those behind it may have been.
+    /// Index of the first request that failed, and why. Those before it were executed; those behind it may have been. (Reads
+    /// or writes that continue each other in one file may be joined, and then fail together: the index is the first.)
     fn submit(&self, batch: &mut [Io<'_>]) -> core::result::Result<(), (usize, Error)>;
 
     /// Fills `runs` with the data and holes of `offset..offset + len` of the file, from `offset` on, and says how many
