@@ -2,6 +2,7 @@
 
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use alloc::boxed::Box;
 use alloc::vec::Vec;
 
 use instar_blockio::{Error, ErrorKind, FileId, Result, check_range};
@@ -117,11 +118,12 @@ pub struct FileState {
     flags: AtomicU32,
     /// Raised by each change, so that an older hole map is not believed.
     generation: AtomicU32,
-    holes: Lock<HoleMap>,
+    /// Absent until asked for, so that the table of a fresh guest is zero bytes.
+    holes: Lock<Option<Box<HoleMap>>>,
 }
 
 /// A part of a hole map: runs from `start` on, each with its end.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct HoleMap {
     generation: u32,
     start: u64,
@@ -136,12 +138,7 @@ struct Run {
 
 impl FileState {
     const fn new() -> Self {
-        Self {
-            len: AtomicU64::new(0),
-            flags: AtomicU32::new(0),
-            generation: AtomicU32::new(0),
-            holes: Lock::new(HoleMap { generation: 0, start: 0, runs: Vec::new() }),
-        }
+        Self { len: AtomicU64::new(0), flags: AtomicU32::new(0), generation: AtomicU32::new(0), holes: Lock::new(None) }
     }
 
     /// Length, bytes.
@@ -186,6 +183,7 @@ impl FileState {
         let generation = self.generation.load(Ordering::Acquire);
         let len = self.len().max(offset.saturating_add(1));
         let mut map = self.holes.lock();
+        let map = map.get_or_insert_default();
         if let Some(run) = map.find(generation, offset) {
             return (run.end.min(len), run.data);
         }
