@@ -1,0 +1,25 @@
+//! What the caller decides about a run.
+
+use std::time::Duration;
+
+/// Limits of one sandbox.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// vCPUs that the guest may use, 1 to 16 (other values are moved into that range). Each costs memory and a thread
+    /// only once the guest starts it.
+    pub vcpus: u32,
+    /// Ceiling of guest memory in bytes: program, stacks and heap. Memory is taken only as the guest touches it.
+    pub memory: u64,
+    /// A guest that completes no request and sends no message for this long is ended.
+    pub stall: Duration,
+    /// The run may take no longer than this.
+    pub time_limit: Option<Duration>,
+    /// Keep the registers of a crashed guest, and the standard error stream of the monitor process.
+    pub debug: bool,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { vcpus: 1, memory: 256 << 20, stall: Duration::from_secs(10), time_limit: None, debug: false }
+    }
+}

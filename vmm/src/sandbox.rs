@@ -1,0 +1,260 @@
+//! The caller's side of a run.
+
+use std::os::fd::BorrowedFd;
+use std::time::Instant;
+
+use instar_guest_protocol::boot::DeviceFlags;
+use instar_guest_protocol::limits::{LOG_BYTES, MAX_DEVICES, MAX_MESSAGE_BYTES, MAX_REQUEST_MESSAGE_BYTES};
+use rustix::fs::{FileType, fstat};
+use rustix::io::Errno;
+use zerocopy::FromBytes;
+
+use crate::config::Settings;
+use crate::elf::Elf;
+use crate::error::{Error, KvmStep, Misbehaviour, Registers};
+use crate::jail::process::{self, Process};
+use crate::layout::Layout;
+use crate::monitor::{self, Plan};
+use crate::rawio;
+use crate::stats::Stats;
+use crate::watchdog::{Progress, Watchdog};
+use crate::wire::{Cause, Channel, Failure, Header, Kind, Reason};
+
+/// One run of one guest, in a process of its own.
+///
+/// [`spawn`](Self::spawn), then [`grant`](Self::grant) files, [`start`](Self::start) with a request, and take
+/// [`next_event`](Self::next_event)s until [`Event::Exited`]. When that has come, the monitor process has closed all granted
+/// files, so no lock on them is left behind.
+///
+/// Dropping a sandbox that has not exited kills its process and waits for its end. After [`Event::Exited`] the process ends by
+/// itself, without being waited for.
+#[derive(Debug)]
+pub struct Sandbox {
+    channel: Channel,
+    process: Process,
+    progress: &'static Progress,
+    watchdog: Watchdog,
+    settings: Settings,
+    state: State,
+    granted: u32,
+}
+
+/// What the caller may do next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Grant files, start.
+    Fresh,
+    /// Wait for events.
+    Running,
+    /// Grant files, give an answer of at most so many bytes.
+    Asked(usize),
+    /// Nothing more.
+    Ended,
+}
+
+/// What a run has to tell.
+#[derive(Debug)]
+pub enum Event {
+    /// A message of the guest: untrusted bytes, at most 1 MiB.
+    Message {
+        /// The bytes.
+        bytes: Vec<u8>,
+        /// The guest waits for an [`answer`](Sandbox::answer).
+        expects_answer: bool,
+    },
+    /// The run is over. Whether it did what it should is in the messages.
+    Exited(Box<Stats>),
+}
+
+/// A granted file, as the guest knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Granted {
+    /// Its number.
+    pub device: u32,
+    /// Its length in bytes.
+    pub len: u64,
+    /// Its properties.
+    pub flags: DeviceFlags,
+}
+
+impl Sandbox {
+    /// Starts the monitor process, which builds the machine for the ELF program `guest` while the caller goes on.
+    ///
+    /// The calling process is forked and should have one thread. What goes wrong in the new process (no `/dev/kvm`) is
+    /// reported by the first call that hears of it. The process ends when the calling thread ends.
+    pub fn spawn(guest: &'static [u8], settings: &Settings) -> Result<Self, Error> {
+        let spawned = Instant::now();
+        let elf = Elf::parse(guest).map_err(Error::Guest)?;
+        let layout = Layout::new(&elf, settings.vcpus, settings.memory)?;
+        // Two words that live as long as their page: the other process uses them too.
+        let progress: &'static Progress = Box::leak(Box::new(Progress::new()?));
+        let debug = settings.debug;
+        let plan = Plan { guest, elf, layout, progress, spawned, debug };
+        let (channel, process) = process::fork(debug, |channel| monitor::run(plan, channel)).map_err(Error::Process)?;
+        Ok(Self {
+            channel,
+            process,
+            progress,
+            watchdog: Watchdog::new(settings),
+            settings: settings.clone(),
+            state: State::Fresh,
+            granted: 0,
+        })
+    }
+
+    /// Gives the guest an open file: before the start, or before the answer to a message that expects one.
+    ///
+    /// `file` must be open for reading, and for writing if `writable`. Without `writable` the guest can't write it even if
+    /// it's open for writing.
+    pub fn grant(&mut self, file: BorrowedFd<'_>, writable: bool) -> Result<Granted, Error> {
+        if !matches!(self.state, State::Fresh | State::Asked(_)) {
+            return Err(Error::Usage("a file can't be granted now"));
+        }
+        if self.granted as usize >= MAX_DEVICES {
+            return Err(Error::TooManyFiles);
+        }
+        let stat = fstat(file)?;
+        let mut flags = if writable { DeviceFlags::WRITABLE } else { DeviceFlags::empty() };
+        let len = match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => u64::try_from(stat.st_size).unwrap_or(0),
+            FileType::BlockDevice => {
+                flags |= DeviceFlags::BLOCK_DEVICE;
+                rawio::block_device_len(file)?
+            }
+            _ => return Err(Error::NotAFile),
+        };
+        self.send(&Header { value: len, flags: flags.bits(), ..Header::new(Kind::Grant, 0) }, &[], Some(file))?;
+        let device = self.granted;
+        self.granted += 1;
+        Ok(Granted { device, len, flags })
+    }
+
+    /// Starts the guest with `request`, of at most 256 KiB.
+    pub fn start(&mut self, request: &[u8]) -> Result<(), Error> {
+        if self.state != State::Fresh {
+            return Err(Error::Usage("already started"));
+        }
+        if request.len() > MAX_REQUEST_MESSAGE_BYTES {
+            return Err(Error::RequestTooLarge { len: request.len() });
+        }
+        self.send(&Header::new(Kind::Start, request.len()), request, None)?;
+        self.state = State::Running;
+        Ok(())
+    }
+
+    /// Waits for what the run has to tell next.
+    pub fn next_event(&mut self) -> Result<Event, Error> {
+        match self.state {
+            State::Running => {}
+            State::Fresh => return Err(Error::Usage("not started")),
+            State::Asked(_) => return Err(Error::Usage("the guest waits for an answer")),
+            State::Ended => return Err(Error::Usage("the run is over")),
+        }
+        let event = self.receive();
+        match &event {
+            Ok(Event::Message { .. }) => {}
+            Ok(Event::Exited(_)) => self.state = State::Ended,
+            Err(_) => {
+                self.state = State::Ended;
+                self.process.kill();
+            }
+        }
+        event
+    }
+
+    /// Answers the last message, which expects it.
+    pub fn answer(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        let State::Asked(room) = self.state else { return Err(Error::Usage("no answer is expected")) };
+        if bytes.len() > room {
+            return Err(Error::AnswerTooLarge { len: bytes.len(), room });
+        }
+        self.send(&Header::new(Kind::Answer, bytes.len()), bytes, None)?;
+        self.state = State::Running;
+        Ok(())
+    }
+
+    /// Sends a frame. If the monitor is gone, its last words are the error.
+    fn send(&mut self, header: &Header, body: &[u8], file: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+        let Err(errno) = self.channel.send(header, body, file) else { return Ok(()) };
+        let error = match self.receive() {
+            Err(error) => error,
+            Ok(_) => errno.into(),
+        };
+        self.state = State::Ended;
+        self.process.kill();
+        Err(error)
+    }
+
+    /// Receives a frame.
+    fn receive(&mut self) -> Result<Event, Error> {
+        let Self { channel, watchdog, progress, process, .. } = self;
+        let patience = || watchdog.wait(channel.socket(), progress);
+        let lost = |error: Error, process: &mut Process| match error {
+            Error::Io(error) if error.raw_os_error() == Some(Errno::CONNRESET.raw_os_error()) => {
+                Error::MonitorLost { status: process.wait() }
+            }
+            error => error,
+        };
+        let (header, _) = channel.receive(patience).map_err(|error| lost(error, process))?;
+        let limit = match header.kind() {
+            Some(Kind::Message) => MAX_MESSAGE_BYTES,
+            Some(Kind::Exited) => size_of::<Stats>(),
+            Some(Kind::Failed) => size_of::<Failure>() + LOG_BYTES,
+            _ => 0,
+        };
+        // The monitor might be taken over: what it says is checked as well.
+        if header.len as usize > limit {
+            return Err(Error::MonitorLost { status: None });
+        }
+        let mut body = vec![0; header.len as usize];
+        channel.receive_body(&mut body, patience).map_err(|error| lost(error, process))?;
+        match header.kind() {
+            Some(Kind::Message) => {
+                let room = usize::try_from(header.value).unwrap_or(0).min(MAX_REQUEST_MESSAGE_BYTES);
+                self.state = if room > 0 { State::Asked(room) } else { State::Running };
+                Ok(Event::Message { bytes: body, expects_answer: room > 0 })
+            }
+            Some(Kind::Exited) => {
+                let stats = Stats::read_from_bytes(&body).map_err(|_| Error::MonitorLost { status: None })?;
+                Ok(Event::Exited(Box::new(stats)))
+            }
+            Some(Kind::Failed) => {
+                let (failure, log) =
+                    Failure::read_from_prefix(&body).map_err(|_| Error::MonitorLost { status: None })?;
+                Err(self.failure(&failure, log))
+            }
+            _ => Err(Error::MonitorLost { status: None }),
+        }
+    }
+
+    /// The error behind a report.
+    fn failure(&self, failure: &Failure, log: &[u8]) -> Error {
+        let &Failure { reason: Reason { cause, vcpu, code, errno }, rip, cr2, rflags, general } = failure;
+        let lost = Error::MonitorLost { status: None };
+        if cause == Cause::Kvm as u32 {
+            KvmStep::ALL.get(code as usize).map_or(lost, |&step| Error::Kvm { step, errno })
+        } else if cause == Cause::Crashed as u32 {
+            let registers = Registers { general, rip, rflags, cr2 };
+            Error::GuestCrashed { vcpu, rip, cr2, registers: self.settings.debug.then(|| Box::new(registers)) }
+        } else if cause == Cause::Panicked as u32 {
+            Error::GuestPanicked { log: log.to_vec() }
+        } else if cause == Cause::Misbehaved as u32 {
+            Misbehaviour::ALL.get(code as usize).map_or(lost, |&what| Error::GuestMisbehaved(what))
+        } else if cause == Cause::ExitCode as u32 {
+            Error::GuestFailed { code }
+        } else {
+            lost
+        }
+    }
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        match self.state {
+            State::Ended => self.process.reap(),
+            _ => {
+                self.process.kill();
+            }
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! Granted files.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+
+use instar_guest_protocol::boot::{DeviceFlags, DeviceInfo};
+use rustix::fs::ftruncate;
+use rustix::io::{Errno, retry_on_intr};
+
+/// All granted files; the index is the device number.
+#[derive(Debug, Default)]
+pub struct DeviceTable(Vec<Device>);
+
+impl DeviceTable {
+    /// Adds a file.
+    pub fn push(&mut self, device: Device) {
+        self.0.push(device);
+    }
+
+    /// The file with this number.
+    pub fn get(&self, number: u32) -> Option<&Device> {
+        self.0.get(usize::try_from(number).ok()?)
+    }
+
+    /// Number of files.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// What the guest is told about each.
+    pub fn infos(&self) -> Vec<DeviceInfo> {
+        self.0.iter().map(|device| DeviceInfo { len: device.len(), flags: device.flags.bits(), reserved: 0 }).collect()
+    }
+
+    /// Closes all files.
+    pub fn clear(&mut self) {
+        self.0.clear();
+    }
+}
+
+/// A granted file.
+#[derive(Debug)]
+pub struct Device {
+    file: OwnedFd,
+    flags: DeviceFlags,
+    /// Bytes; grows with writes.
+    len: AtomicU64,
+    /// Held exclusively while the length is set, shared while a write may extend the file.
+    length_changes: RwLock<()>,
+    /// What the file system turned out to be unable to do.
+    pub lacks: Lacks,
+}
+
+/// Abilities found missing, so that they are tried only once.
+#[derive(Debug, Default)]
+pub struct Lacks {
+    /// Zeroing a range in place.
+    pub zero_range: AtomicBool,
+    /// Punching holes.
+    pub punch_hole: AtomicBool,
+    /// Sharing blocks, as the target.
+    pub clone_range: AtomicBool,
+    /// Copying in the kernel, as the target.
+    pub copy_range: AtomicBool,
+    /// Telling data from holes.
+    pub seek_data: AtomicBool,
+}
+
+impl Device {
+    /// A file of `len` bytes.
+    pub fn new(file: OwnedFd, len: u64, flags: DeviceFlags) -> Self {
+        Self { file, flags, len: AtomicU64::new(len), length_changes: RwLock::new(()), lacks: Lacks::default() }
+    }
+
+    /// The file.
+    pub fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    /// Bytes, as far as known.
+    pub fn len(&self) -> u64 {
+        self.len.load(Ordering::Acquire)
+    }
+
+    /// Writes are allowed.
+    pub fn is_writable(&self) -> bool {
+        self.flags.contains(DeviceFlags::WRITABLE)
+    }
+
+    /// Can't grow.
+    pub fn is_block_device(&self) -> bool {
+        self.flags.contains(DeviceFlags::BLOCK_DEVICE)
+    }
+
+    /// Whether `offset..offset + len` may be written: inside a block device, anywhere that a file may reach.
+    pub fn may_hold(&self, offset: u64, len: u64) -> bool {
+        let limit = if self.is_block_device() { self.len() } else { i64::MAX as u64 };
+        offset.checked_add(len).is_some_and(|end| end <= limit)
+    }
+
+    /// Runs a write that ends at `end`, and takes note of the growth.
+    pub fn growing<T, E>(&self, end: u64, write: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+        let _guard = self.extension(end);
+        let result = write()?;
+        self.has_grown_to(end);
+        Ok(result)
+    }
+
+    /// To be held while a write up to `end` goes on: keeps the length from being set meanwhile.
+    pub fn extension(&self, end: u64) -> Option<RwLockReadGuard<'_, ()>> {
+        (end > self.len()).then(|| self.length_changes.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Takes note of a write up to `end`.
+    pub fn has_grown_to(&self, end: u64) {
+        self.len.fetch_max(end, Ordering::AcqRel);
+    }
+
+    /// Sets the length, or with `only_grow` extends to it. No write extends the file meanwhile.
+    pub fn set_len(&self, len: u64, only_grow: bool) -> rustix::io::Result<()> {
+        let _exclusive = self.length_changes.write().unwrap_or_else(PoisonError::into_inner);
+        if only_grow && len <= self.len() {
+            return Ok(());
+        }
+        retry_on_intr(|| ftruncate(self.file(), len))?;
+        self.len.store(len, Ordering::Release);
+        Ok(())
+    }
+}
+
+impl Lacks {
+    /// Runs `attempt` unless it is known to be pointless. `None`: it is, do it another way.
+    pub fn try_once<T>(
+        flag: &AtomicBool,
+        attempt: impl FnOnce() -> rustix::io::Result<T>,
+    ) -> Option<rustix::io::Result<T>> {
+        if flag.load(Ordering::Relaxed) {
+            return None;
+        }
+        match attempt() {
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::XDEV | Errno::NOTTY) => {
+                flag.store(true, Ordering::Relaxed);
+                None
+            }
+            // A matter of this range's alignment, or of swap files and the like.
+            Err(Errno::INVAL | Errno::TXTBSY | Errno::PERM) => None,
+            result => Some(result),
+        }
+    }
+}

@@ -1,0 +1,15 @@
+//! The request queues: what the guest asks for, and how it is done.
+//!
+//! One queue per vCPU, served by that vCPU's own thread between two runs. `transport` and `queue` know rings, `request` knows
+//! the shape of a request, `device` the granted files, `blk` and `copy` do the work. None interprets a byte of a file.
+
+mod blk;
+mod copy;
+mod device;
+mod queue;
+mod request;
+mod transport;
+
+pub use device::{Device, DeviceTable};
+pub use request::{KINDS, kind_index};
+pub use transport::{Server, offered_words};
