@@ -2,6 +2,8 @@ use core::fmt;
 
 use instar_blockio as blockio;
 
+use crate::create::OptionError;
+
 /// Why an image can't be opened, read, made or changed. Each cause carries the offending value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -72,6 +74,14 @@ pub enum Error {
     DataFileMissing,
     /// A metadata entry that can't be.
     Corrupt(Corruption),
+    /// The image is marked corrupt, so it must not be written.
+    MarkedCorrupt,
+    /// The image was not closed cleanly, so its refcounts may be wrong and it must not be written.
+    MarkedDirty,
+    /// Writing into encrypted images is not supported.
+    EncryptedWrite,
+    /// Options of a new image contradict each other or the format.
+    Options(OptionError),
     /// Memory for a bounded table could not be had.
     OutOfMemory,
 }
@@ -169,6 +179,8 @@ impl From<Error> for blockio::Error {
             Error::UnsupportedVersion(_) | Error::UnknownFeatures(_) | Error::UnknownCompression(_) => {
                 ErrorKind::Unsupported.into()
             }
+            Error::EncryptedWrite => ErrorKind::Encrypted.into(),
+            Error::Options(_) => ErrorKind::InvalidInput.into(),
             _ => ErrorKind::Corrupt.into(),
         }
     }
@@ -279,6 +291,10 @@ impl fmt::Display for Error {
             Self::SnapshotNotFound => f.write_str("no such snapshot"),
             Self::DataFileMissing => f.write_str("external data file is missing"),
             Self::Corrupt(corruption) => write!(f, "{corruption}"),
+            Self::MarkedCorrupt => f.write_str("image is marked corrupt"),
+            Self::MarkedDirty => f.write_str("image was not closed cleanly"),
+            Self::EncryptedWrite => f.write_str("encrypted images can't be written"),
+            Self::Options(error) => write!(f, "{error}"),
             Self::OutOfMemory => f.write_str("out of memory"),
         }
     }

@@ -1,0 +1,95 @@
+//! A file that a writer changes, with the length that it must have in the end.
+
+use alloc::vec::Vec;
+
+use instar_blockio::{BlockWrite, Error, ErrorKind, FileId, Result};
+
+/// A file below the image: the image file itself or its external data file.
+///
+/// `end` is where the last byte lies that belongs to the image. Places that were never written read as zero, and a
+/// file that grows is set to this length at last, as if they had been written.
+#[derive(Debug)]
+pub(crate) struct Store<D> {
+    file: D,
+    pub(crate) id: FileId,
+    end: u64,
+}
+
+impl<D: BlockWrite> Store<D> {
+    /// A file to be filled from its beginning.
+    pub(crate) fn fresh(file: D, id: FileId) -> Self {
+        Self { file, id, end: 0 }
+    }
+
+    /// A file whose contents count.
+    pub(crate) fn existing(file: D, id: FileId) -> Self {
+        let end = file.size();
+        Self { file, id, end }
+    }
+
+    /// Where the image ends in this file, bytes.
+    pub(crate) fn end(&self) -> u64 {
+        self.end
+    }
+
+    /// A place of a fresh file that was never written reads as zero. A block device keeps what it held.
+    pub(crate) fn is_sparse(&self) -> bool {
+        self.file.limits().grows
+    }
+
+    /// Lets the image reach to `end` at least.
+    pub(crate) fn extend(&mut self, end: u64) {
+        self.end = self.end.max(end);
+    }
+
+    /// Fills `buf`; what lies behind the end of the file reads as zero.
+    pub(crate) fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let have = usize::try_from(self.file.size().saturating_sub(offset)).unwrap_or(usize::MAX).min(buf.len());
+        let (inside, behind) = buf.split_at_mut(have);
+        behind.fill(0);
+        if inside.is_empty() { Ok(()) } else { self.file.read_at(offset, inside) }
+    }
+
+    pub(crate) fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.file.write_at(offset, bytes)?;
+        self.extend(offset.saturating_add(bytes.len() as u64));
+        Ok(())
+    }
+
+    /// Writes zeroes, byte for byte.
+    pub(crate) fn fill(&mut self, offset: u64, len: u64) -> Result<()> {
+        let zeroes = zeroed(len.min(1 << 20) as usize)?;
+        let mut done = 0;
+        while done < len {
+            let step = (len - done).min(zeroes.len() as u64);
+            self.write(offset + done, &zeroes[..step as usize])?;
+            done += step;
+        }
+        Ok(())
+    }
+
+    /// Gives the file the length that the image needs.
+    pub(crate) fn settle(&mut self) -> Result<()> {
+        if self.is_sparse() && self.file.size() < self.end {
+            self.file.set_size(self.end)?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn flush(&mut self) -> Result<()> {
+        self.file.flush()
+    }
+
+    /// The file itself, for requests that don't change where the image ends.
+    pub(crate) fn file_mut(&mut self) -> &mut D {
+        &mut self.file
+    }
+}
+
+/// A vector of zeroes, or an error where memory is short.
+pub(crate) fn zeroed(len: usize) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    bytes.try_reserve_exact(len).map_err(|_| Error::new(ErrorKind::OutOfMemory))?;
+    bytes.resize(len, 0);
+    Ok(bytes)
+}
