@@ -18,6 +18,8 @@ use instar_blockio::{
     ExtentKind, FileId, Limits, ZeroMode, check_range,
 };
 
+use instar_codec::Decoder;
+
 use crate::addr::{GuestOffset, HostOffset};
 use crate::allocator::{Allocator, Span, State};
 use crate::bitmap_store::NewBitmaps;
@@ -489,8 +491,13 @@ impl<D: BlockWrite> Writer<D> {
 
     /// The whole cluster that an entry of the old state describes, decompressed.
     pub(crate) fn decompressed(&self, guest: u64, host: u64, len: u64) -> blockio::Result<Vec<u8>> {
-        let _ = (guest, host, len);
-        Err(ErrorKind::Unsupported.into())
+        let mut stored = zeroed(len as usize)?;
+        self.main.read(host, &mut stored)?;
+        let mut cluster = zeroed(self.header.geometry.cluster_size() as usize)?;
+        Decoder::new()
+            .decode(self.codec(), &stored, &mut cluster)
+            .map_err(|_| corrupt(Corruption::Compressed(guest)))?;
+        Ok(cluster)
     }
 
     fn codec(&self) -> Codec {
