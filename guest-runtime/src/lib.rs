@@ -17,6 +17,7 @@ extern crate alloc;
 #[cfg(any(feature = "std", test))]
 extern crate std;
 
+pub mod detect;
 pub mod files;
 #[cfg(any(feature = "std", test))]
 pub mod host;
