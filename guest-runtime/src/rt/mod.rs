@@ -104,6 +104,7 @@ macro_rules! program {
         ::core::arch::global_asm!(
             ".section .text._start, \"ax\", @progbits",
             ".global _start",
+            ".type _start, @function",
             "_start:",
             "xor ebp, ebp",
             "mov rdx, rsp",
