@@ -498,6 +498,8 @@ pub enum Cause {
     TooMany = 29,
     /// The format recorded for the backing file is the name of no driver: `text`.
     UnknownBackingFormat = 30,
+    /// Not closed cleanly, and to be written.
+    MarkedDirty = 31,
 }
 
 /// Header fields and tables of qcow2 named by [`Cause::InvalidField`].
@@ -578,6 +580,8 @@ pub enum Field {
     BitmapsOffset = 35,
     /// Bitmap directory: size.
     BitmapsSize = 36,
+    /// The external data file is said to be raw, but there is none.
+    RawFlagWithoutDataFile = 37,
 }
 
 /// Reasons of [`Cause::InvalidOptions`].
@@ -610,6 +614,14 @@ pub enum OptionError {
     BackingWithPreallocation = 11,
     /// Preallocation mode unknown to the format.
     Preallocation = 12,
+    /// Version.
+    Version = 13,
+    /// A backing format without a backing file.
+    BackingFormatAlone = 14,
+    /// Length of the backing file's name.
+    BackingNameLength = 15,
+    /// Length of the backing format's name.
+    BackingFormatLength = 16,
 }
 
 /// Descriptions, the image first, then its chain.
