@@ -2,6 +2,7 @@ use core::fmt;
 
 use instar_blockio as blockio;
 
+use crate::addr::HostOffset;
 use crate::create::OptionError;
 
 /// Why an image can't be opened, read, made or changed. Each cause carries the offending value.
@@ -46,6 +47,8 @@ pub enum Error {
     TableOffset(Table, u64),
     /// The virtual size needs more L1 entries than there can be.
     ImageTooBig(u64),
+    /// The virtual size can't be rounded up to a whole L2 table within 64 bits.
+    SizeOverflow(u64),
     /// The active L1 table has fewer entries than the virtual size needs: entries present.
     L1TooSmall(u32),
     /// A header extension reaches behind its area: its length.
@@ -66,14 +69,25 @@ pub enum Error {
     BitmapDirectory(DirectoryFault),
     /// A snapshot table entry has more than 1024 bytes of extra data: its number.
     SnapshotExtraData(u32),
-    /// The snapshot table has more than 64 MiB.
-    SnapshotTableTooBig,
+    /// The snapshot table has more than 64 MiB: how many snapshots lie behind that.
+    SnapshotTableTooBig(u32),
     /// No snapshot answers to the selector.
     SnapshotNotFound,
-    /// The image needs its external data file, which has not been attached.
+    /// The image needs its external data file, which is not named or has not been attached.
     DataFileMissing,
-    /// A metadata entry that can't be.
-    Corrupt(Corruption),
+    /// The external data file is said to be raw, but there is none.
+    RawFlagWithoutDataFile,
+    /// The cluster at this disk offset (or, at 0, the whole disk) is encrypted.
+    Encrypted(u64),
+    /// A table entry that can't be.
+    Corrupt {
+        /// Disk offset at which that was seen.
+        offset: u64,
+        /// What can't be.
+        cause: Corruption,
+    },
+    /// A bitmap table entry is not aligned or has reserved bits: the entry.
+    BitmapEntry(u64),
     /// The image is marked corrupt, so it must not be written.
     MarkedCorrupt,
     /// The image was not closed cleanly, so its refcounts may be wrong and it must not be written.
@@ -116,10 +130,12 @@ pub enum BitmapsFault {
     DirectorySize(u64),
 }
 
-/// What is wrong with the bitmap directory.
+/// What is wrong with the bitmap directory, or with what it refers to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DirectoryFault {
-    /// An entry reaches behind the directory, which has bytes left or is at its end.
+    /// It has no bytes.
+    Empty,
+    /// An entry reaches behind its end.
     Broken,
     /// More entries than the header extension says.
     MoreThanSaid,
@@ -127,29 +143,67 @@ pub enum DirectoryFault {
     FewerThanSaid,
     /// An entry has extra data.
     ExtraData,
-    /// An entry's fields contradict the specification or the disk: its number.
-    Constraints(u32),
+    /// An entry's fields contradict the specification or the disk.
+    Constraints(NameAt),
+    /// Two bitmaps have one name.
+    Duplicate(NameAt),
+    /// An entry of the bitmap's table can't be.
+    Table(NameAt),
+    /// The bitmap's table has not as many entries as the disk needs.
+    TableSize(NameAt),
 }
 
-/// Which metadata entry is impossible.
+/// Where the name of a bitmap lies in the image file, for those who want to tell it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NameAt {
+    /// Its place, bytes.
+    pub offset: u64,
+    /// Its length, bytes.
+    pub len: u16,
+}
+
+/// What can't be in the cluster mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Corruption {
-    /// An L2 table is not aligned to a cluster: its offset.
-    L2Unaligned(u64),
-    /// A data cluster is not aligned to a cluster: its offset.
-    ClusterUnaligned(u64),
-    /// A version 2 image has a zero cluster: disk offset.
-    ZeroInV2(u64),
-    /// An image with an external data file has a compressed cluster: disk offset.
-    CompressedWithDataFile(u64),
-    /// A raw external data file holds a cluster elsewhere than at its disk offset: disk offset.
-    DataFileOffset(u64),
-    /// Subclusters that are allocated and zero at once, or allocated without a cluster: disk offset.
-    Subclusters(u64),
-    /// A compressed cluster lies behind the end of the file, or can't be decoded: disk offset.
-    Compressed(u64),
-    /// A bitmap table entry is not aligned or has reserved bits: the entry.
-    BitmapEntry(u64),
+    /// An L1 entry refers to an L2 table that is not aligned to a cluster.
+    L2Unaligned {
+        /// Where it would lie.
+        table: HostOffset,
+        /// The L1 entry's number.
+        l1_index: u64,
+    },
+    /// An L2 entry contradicts itself or the image.
+    Entry {
+        /// How.
+        fault: EntryFault,
+        /// Where its table lies.
+        table: HostOffset,
+        /// Its number in the table.
+        index: u64,
+    },
+    /// A table lies behind the end of the file (only if [strict](crate::OpenOptions::strict)).
+    TablePastEnd(HostOffset),
+    /// A data cluster lies behind the end of the file (only if [strict](crate::OpenOptions::strict)).
+    DataPastEnd(HostOffset),
+    /// A compressed cluster lies behind the end of the file, or can't be decoded: where it lies.
+    Compressed(HostOffset),
+}
+
+/// How an L2 entry contradicts itself or the image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum EntryFault {
+    /// Its cluster is not aligned.
+    Unaligned(HostOffset),
+    /// A zero cluster in a version 2 image.
+    ZeroInV2,
+    /// A compressed cluster although there is an external data file.
+    CompressedWithDataFile,
+    /// A cluster that lies elsewhere in the external data file than on the disk.
+    DataFileOffset(HostOffset),
+    /// A subcluster is allocated and zero at once, or allocated without a cluster.
+    Subclusters,
 }
 
 /// Result of an operation on an image.
@@ -161,19 +215,14 @@ impl From<blockio::Error> for Error {
     }
 }
 
-impl From<Corruption> for Error {
-    fn from(corruption: Corruption) -> Self {
-        Self::Corrupt(corruption)
-    }
-}
-
 /// The kind of the cause, for those who see the image as a block device only.
 impl From<Error> for blockio::Error {
     fn from(error: Error) -> Self {
         use blockio::ErrorKind;
         match error {
             Error::Io(error) => error,
-            Error::Corrupt(corruption) => Self::new(ErrorKind::Corrupt).at(corruption.offset()),
+            Error::Corrupt { offset, .. } => Self::new(ErrorKind::Corrupt).at(offset),
+            Error::Encrypted(offset) => Self::new(ErrorKind::Encrypted).at(offset),
             Error::OutOfMemory => ErrorKind::OutOfMemory.into(),
             Error::DataFileMissing | Error::SnapshotNotFound => ErrorKind::InvalidInput.into(),
             Error::UnsupportedVersion(_) | Error::UnknownFeatures(_) | Error::UnknownCompression(_) => {
@@ -182,22 +231,6 @@ impl From<Error> for blockio::Error {
             Error::EncryptedWrite => ErrorKind::Encrypted.into(),
             Error::Options(_) => ErrorKind::InvalidInput.into(),
             _ => ErrorKind::Corrupt.into(),
-        }
-    }
-}
-
-impl Corruption {
-    /// The offset (or entry) that the corruption carries.
-    pub const fn offset(self) -> u64 {
-        match self {
-            Self::L2Unaligned(at)
-            | Self::ClusterUnaligned(at)
-            | Self::ZeroInV2(at)
-            | Self::CompressedWithDataFile(at)
-            | Self::DataFileOffset(at)
-            | Self::Subclusters(at)
-            | Self::Compressed(at)
-            | Self::BitmapEntry(at) => at,
         }
     }
 }
@@ -228,29 +261,42 @@ impl fmt::Display for BitmapsFault {
 
 impl fmt::Display for DirectoryFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match *self {
-            Self::Broken => f.write_str("entry reaches behind the end"),
-            Self::MoreThanSaid => f.write_str("more entries than recorded"),
-            Self::FewerThanSaid => f.write_str("fewer entries than recorded"),
-            Self::ExtraData => f.write_str("entry with extra data"),
-            Self::Constraints(index) => write!(f, "invalid entry {index}"),
+        f.write_str(match self {
+            Self::Empty => "empty",
+            Self::Broken => "entry reaches behind the end",
+            Self::MoreThanSaid => "more entries than recorded",
+            Self::FewerThanSaid => "fewer entries than recorded",
+            Self::ExtraData => "entry with extra data",
+            Self::Constraints(_) => "invalid entry",
+            Self::Duplicate(_) => "two entries of one name",
+            Self::Table(_) => "invalid entry in a bitmap table",
+            Self::TableSize(_) => "bitmap table of the wrong size",
+        })
+    }
+}
+
+impl fmt::Display for EntryFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unaligned(host) => write!(f, "cluster at {:#x} is not aligned", host.0),
+            Self::ZeroInV2 => f.write_str("zero cluster in version 2"),
+            Self::CompressedWithDataFile => f.write_str("compressed cluster despite a data file"),
+            Self::DataFileOffset(host) => write!(f, "misplaced cluster at {:#x} of the data file", host.0),
+            Self::Subclusters => f.write_str("contradictory subclusters"),
         }
     }
 }
 
 impl fmt::Display for Corruption {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match *self {
-            Self::L2Unaligned(at) => write!(f, "L2 table at {at:#x} is not aligned"),
-            Self::ClusterUnaligned(at) => write!(f, "cluster at {at:#x} is not aligned"),
-            Self::ZeroInV2(at) => write!(f, "zero cluster in version 2 at disk offset {at:#x}"),
-            Self::CompressedWithDataFile(at) => {
-                write!(f, "compressed cluster despite data file at disk offset {at:#x}")
+        match self {
+            Self::L2Unaligned { table, l1_index } => {
+                write!(f, "L2 table at {:#x} (L1 index {l1_index}) is not aligned", table.0)
             }
-            Self::DataFileOffset(at) => write!(f, "misplaced cluster of the data file at disk offset {at:#x}"),
-            Self::Subclusters(at) => write!(f, "contradictory subclusters at disk offset {at:#x}"),
-            Self::Compressed(at) => write!(f, "undecodable compressed cluster at disk offset {at:#x}"),
-            Self::BitmapEntry(entry) => write!(f, "invalid bitmap table entry {entry:#x}"),
+            Self::Entry { fault, table, index } => write!(f, "{fault} (L2 table at {:#x}, index {index})", table.0),
+            Self::TablePastEnd(host) => write!(f, "table at {:#x} lies behind the end of the file", host.0),
+            Self::DataPastEnd(host) => write!(f, "cluster at {:#x} lies behind the end of the file", host.0),
+            Self::Compressed(host) => write!(f, "undecodable compressed cluster at {:#x}", host.0),
         }
     }
 }
@@ -277,6 +323,7 @@ impl fmt::Display for Error {
             Self::TableTooLarge(table, count) => write!(f, "{table} with size {count} is too large"),
             Self::TableOffset(table, at) => write!(f, "{table} at {at:#x} is misplaced"),
             Self::ImageTooBig(size) => write!(f, "virtual size {size} is too big"),
+            Self::SizeOverflow(size) => write!(f, "virtual size {size} is out of range"),
             Self::L1TooSmall(count) => write!(f, "active L1 table of {count} entries is too small"),
             Self::ExtensionTooLarge(len) => write!(f, "header extension of {len} bytes is too large"),
             Self::BackingFormatTooLong(len) => write!(f, "backing format of {len} bytes is too long"),
@@ -287,10 +334,13 @@ impl fmt::Display for Error {
             Self::BitmapsExtension(fault) => write!(f, "bitmaps extension: {fault}"),
             Self::BitmapDirectory(fault) => write!(f, "bitmap directory: {fault}"),
             Self::SnapshotExtraData(index) => write!(f, "snapshot entry {index} has too much extra data"),
-            Self::SnapshotTableTooBig => f.write_str("snapshot table is too big"),
+            Self::SnapshotTableTooBig(_) => f.write_str("snapshot table is too big"),
             Self::SnapshotNotFound => f.write_str("no such snapshot"),
             Self::DataFileMissing => f.write_str("external data file is missing"),
-            Self::Corrupt(corruption) => write!(f, "{corruption}"),
+            Self::RawFlagWithoutDataFile => f.write_str("raw external data file, but no data file"),
+            Self::Encrypted(at) => write!(f, "disk offset {at:#x} is encrypted"),
+            Self::Corrupt { offset, cause } => write!(f, "disk offset {offset:#x}: {cause}"),
+            Self::BitmapEntry(entry) => write!(f, "invalid bitmap table entry {entry:#x}"),
             Self::MarkedCorrupt => f.write_str("image is marked corrupt"),
             Self::MarkedDirty => f.write_str("image was not closed cleanly"),
             Self::EncryptedWrite => f.write_str("encrypted images can't be written"),

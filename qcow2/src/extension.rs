@@ -25,6 +25,8 @@ pub struct Extensions {
     pub feature_names: Vec<FeatureName>,
     /// Where the bitmap directory lies; only if the autoclear bit vouches for it.
     pub bitmaps: Option<BitmapDirectory>,
+    /// There is a bitmaps extension, but a program that knows nothing of bitmaps changed the image: they are lost.
+    pub stale_bitmaps: bool,
     /// Extensions without meaning here, in their order.
     pub unknown: Vec<UnknownExtension>,
 }
@@ -94,7 +96,8 @@ impl Extensions {
             let (magic, data) = item?;
             all.take(header, magic, data)?;
         }
-        Ok(all)
+        let encrypted = header.encryption == EncryptionMethod::Luks;
+        if encrypted && all.crypto.is_none() { Err(Error::NoCryptoHeader) } else { Ok(all) }
     }
 
     fn take(&mut self, header: &Header, magic: u32, data: &[u8]) -> Result<()> {
@@ -107,11 +110,10 @@ impl Extensions {
             }
             EXT_DATA_FILE => self.data_file = Some(c_string(data).to_vec()),
             EXT_CRYPTO => self.crypto = Some(CryptoHeader::parse(header, data)?),
-            EXT_BITMAPS => {
-                if let Some(bitmaps) = BitmapDirectory::parse(header, data)? {
-                    self.bitmaps = Some(bitmaps);
-                }
-            }
+            EXT_BITMAPS => match BitmapDirectory::parse(header, data)? {
+                Some(bitmaps) => self.bitmaps = Some(bitmaps),
+                None => self.stale_bitmaps = true,
+            },
             EXT_FEATURE_NAMES => self.feature_names = FeatureName::parse_table(data).collect(),
             _ => self.unknown.push(UnknownExtension { magic, data: data.to_vec() }),
         }
@@ -209,21 +211,24 @@ impl<'a> Iterator for Walk<'a> {
     }
 }
 
-/// Whether the end mark (or the end of the area, which has `area_len` bytes) lies inside `window`, the first bytes of
-/// the area: then nothing more needs to be read.
-pub(crate) fn ends_inside(window: &[u8], area_len: usize) -> bool {
+/// Whether a parser that sees only `window`, the first bytes of an area of `area_len`, comes to the same end as one
+/// that sees all.
+pub(crate) fn end_inside(window: &[u8], area_len: usize) -> bool {
     let mut at = 0usize;
-    while at < area_len {
-        let Some(Ok((head, _))) = window.get(at..).map(RawExtension::read_from_prefix) else {
-            return window.len() >= area_len;
-        };
+    while let Some(Ok((head, rest))) = window.get(at..).map(RawExtension::read_from_prefix) {
         let len = head.len.get() as usize;
-        if head.magic.get() == EXT_END || len > area_len - at {
+        if len > area_len - at - 8 {
+            return true; // an error in any case
+        }
+        if len > rest.len() {
+            return false;
+        }
+        if head.magic.get() == EXT_END {
             return true;
         }
         at += 8 + len.next_multiple_of(8);
     }
-    window.len() >= area_len
+    false
 }
 
 impl CryptoHeader {

@@ -29,8 +29,6 @@ pub const MIN_CLUSTER_BITS: u32 = 9;
 pub const MAX_CLUSTER_BITS: u32 = 21;
 /// log2 of the refcount width of version 2: 16 bits.
 pub const V2_REFCOUNT_ORDER: u32 = 4;
-/// Largest log2 of the refcount width: 64 bits.
-pub const MAX_REFCOUNT_ORDER: u32 = 6;
 /// Subclusters of a cluster in an image with extended L2 entries.
 pub const SUBCLUSTERS: u32 = 32;
 
@@ -62,6 +60,9 @@ pub const MAX_BITMAP_BYTES: u64 = 0x2000_0000;
 pub const MIN_BITMAP_GRANULARITY_BITS: u8 = 9;
 /// log2 of the largest bitmap granularity.
 pub const MAX_BITMAP_GRANULARITY_BITS: u8 = 31;
+
+/// Longest file, bytes (QEMU's limit).
+pub const MAX_FILE_LEN: u64 = 0x7fff_ffff_c000_0000;
 
 /// Sector of a compressed cluster descriptor, bytes.
 pub const COMPRESSED_SECTOR: u64 = 512;

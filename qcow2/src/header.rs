@@ -1,6 +1,7 @@
 //! The header, checked: spec chapter "Header".
 
 use alloc::vec::Vec;
+use core::ops::Range;
 
 use bitflags::bitflags;
 use zerocopy::{FromBytes, IntoBytes};
@@ -8,9 +9,8 @@ use zerocopy::{FromBytes, IntoBytes};
 use crate::addr::{Geometry, HostOffset};
 use crate::error::{Error, Result, Table};
 use crate::format::{
-    HEADER_LEN, HEADER_LEN_V2, HEADER_LEN_V3, MAGIC, MAX_BACKING_NAME, MAX_CLUSTER_BITS, MAX_L1_BYTES,
-    MAX_REFCOUNT_ORDER, MAX_REFCOUNT_TABLE_BYTES, MAX_SNAPSHOTS, MIN_CLUSTER_BITS, RawHeader, RawSnapshot, SUBCLUSTERS,
-    V2_REFCOUNT_ORDER,
+    HEADER_LEN, HEADER_LEN_V2, HEADER_LEN_V3, MAGIC, MAX_BACKING_NAME, MAX_CLUSTER_BITS, MAX_FILE_LEN, MAX_L1_BYTES,
+    MAX_REFCOUNT_TABLE_BYTES, MAX_SNAPSHOTS, MIN_CLUSTER_BITS, RawHeader, RawSnapshot, SUBCLUSTERS, V2_REFCOUNT_ORDER,
 };
 
 bitflags! {
@@ -148,11 +148,15 @@ impl Header {
         }
         let incompatible = Incompatible::from_bits_retain(tail.incompatible);
         let extended_l2 = incompatible.contains(Incompatible::EXTENDED_L2);
-        if tail.refcount_order > MAX_REFCOUNT_ORDER {
-            return Err(Error::RefcountOrder(tail.refcount_order));
+        let subclusters_fit = Geometry::new(cluster_bits, extended_l2, 0).is_some();
+        if !subclusters_fit {
+            return Err(Error::SubclusterSize((1 << cluster_bits) / SUBCLUSTERS));
         }
         let geometry = Geometry::new(cluster_bits, extended_l2, tail.refcount_order)
-            .ok_or(Error::SubclusterSize((1 << cluster_bits) / SUBCLUSTERS))?;
+            .ok_or(Error::RefcountOrder(tail.refcount_order))?;
+        if raw.refcount_table_clusters.get() == 0 {
+            return Err(Error::NoRefcountTable);
+        }
         let header = Self {
             version,
             geometry,
@@ -177,9 +181,6 @@ impl Header {
     }
 
     fn check_tables(&self) -> Result<()> {
-        if self.refcount_table_clusters == 0 {
-            return Err(Error::NoRefcountTable);
-        }
         let geometry = self.geometry;
         let (clusters, cluster_size) = (self.refcount_table_clusters, geometry.cluster_size());
         check_table(
@@ -208,7 +209,7 @@ impl Header {
     ///
     /// # Errors
     /// [`Error::BackingNameTooLong`].
-    pub(crate) fn backing_name(&self) -> Result<Option<core::ops::Range<usize>>> {
+    pub(crate) fn backing_name(&self) -> Result<Option<Range<usize>>> {
         if self.backing_offset == 0 {
             return Ok(None);
         }
@@ -221,12 +222,29 @@ impl Header {
         Ok(Some(start..start + self.backing_len as usize))
     }
 
-    /// Where the area of the header extensions ends: at the backing file name or the end of the first cluster.
-    pub(crate) fn extensions_end(&self) -> usize {
-        match self.backing_offset {
-            0 => self.geometry.cluster_size() as usize,
-            offset => offset as usize,
+    /// The area of the header extensions: to the backing file name or the end of the first cluster.
+    pub(crate) fn extension_area(&self) -> Range<usize> {
+        let end = if self.backing_offset == 0 { self.geometry.cluster_size() } else { self.backing_offset };
+        let start = self.header_len as usize;
+        // At most a cluster, hence a usize.
+        start..(end as usize).max(start)
+    }
+
+    /// The same for a header whose features are not known, at the start of `bytes`.
+    pub(crate) fn extension_area_of(bytes: &[u8]) -> Option<Range<usize>> {
+        let (raw, _) = RawHeader::read_from_prefix(bytes).ok()?;
+        let cluster_bits = raw.cluster_bits.get();
+        if raw.magic.get() != MAGIC || !(MIN_CLUSTER_BITS..=MAX_CLUSTER_BITS).contains(&cluster_bits) {
+            return None;
         }
+        let cluster_size = 1u64 << cluster_bits;
+        let tail = Tail::of(raw.version.get(), &raw, cluster_size).ok()?;
+        let end = match raw.backing_file_offset.get() {
+            0 => cluster_size,
+            offset => offset.min(cluster_size),
+        };
+        let start = tail.header_len as usize;
+        Some(start..(end as usize).max(start))
     }
 
     /// The header as bytes: 72 in version 2, in version 3 as many as [`header_len`](Self::header_len) says, but not more
@@ -329,7 +347,7 @@ fn encryption_method(method: u32) -> Result<EncryptionMethod> {
 }
 
 /// The check that every table shares: `count` entries of `entry` bytes at `offset`, in all at most `limit` bytes,
-/// aligned to a cluster and below 2^63.
+/// aligned to a cluster and inside the longest file that can be.
 pub(crate) fn check_table(
     geometry: Geometry,
     table: Table,
@@ -342,7 +360,8 @@ pub(crate) fn check_table(
         return Err(Error::TableTooLarge(table, count));
     }
     let len = u64::from(count) * entry;
-    let fits = offset.0.checked_add(len).is_some_and(|end| end <= i64::MAX as u64);
+    let limit = if len == 0 { i64::MAX as u64 } else { MAX_FILE_LEN };
+    let fits = offset.0.checked_add(len).is_some_and(|end| end <= limit);
     if !fits || !geometry.is_aligned(offset.0) {
         return Err(Error::TableOffset(table, offset.0));
     }

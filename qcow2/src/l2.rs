@@ -1,7 +1,7 @@
 //! Entries of the L2 tables, standard and extended: spec chapters "Cluster mapping" and "Extended L2 Entries".
 
 use crate::addr::{Geometry, GuestOffset, HostOffset};
-use crate::error::Corruption;
+use crate::error::EntryFault;
 use crate::format::{COMPRESSED_SECTOR, COPIED, L2_COMPRESSED, L2_OFFSET_MASK, L2_ZERO};
 use crate::header::{Header, Incompatible};
 
@@ -133,9 +133,9 @@ impl L2Format {
     ///
     /// # Errors
     /// What QEMU reports as corrupt when it reads the cluster.
-    pub fn decode(self, guest: GuestOffset, entry: u64, bitmap: u64) -> Result<L2Entry, Corruption> {
+    pub fn decode(self, guest: GuestOffset, entry: u64, bitmap: u64) -> Result<L2Entry, EntryFault> {
         if entry & L2_COMPRESSED != 0 {
-            return self.decode_compressed(guest, entry);
+            return self.decode_compressed(entry);
         }
         let offset = entry & L2_OFFSET_MASK;
         let copied = entry & COPIED != 0;
@@ -145,7 +145,7 @@ impl L2Format {
             Subclusters { allocated: bitmap as u32, zero: (bitmap >> 32) as u32 }
         } else if entry & L2_ZERO != 0 {
             if !self.zero_clusters {
-                return Err(Corruption::ZeroInV2(guest.0));
+                return Err(EntryFault::ZeroInV2);
             }
             Subclusters { allocated: 0, zero: 1 }
         } else {
@@ -153,7 +153,7 @@ impl L2Format {
         };
         let contradiction = subclusters.allocated & subclusters.zero != 0;
         if contradiction || (!placed && subclusters.allocated != 0) {
-            return Err(Corruption::Subclusters(guest.0));
+            return Err(EntryFault::Subclusters);
         }
         let host = if placed && (offset != 0 || self.geometry.extended_l2() || subclusters.zero == 0) {
             Some(self.check_place(guest, offset)?)
@@ -163,19 +163,19 @@ impl L2Format {
         Ok(L2Entry::Cluster { host, copied, subclusters })
     }
 
-    fn check_place(self, guest: GuestOffset, offset: u64) -> Result<HostOffset, Corruption> {
+    fn check_place(self, guest: GuestOffset, offset: u64) -> Result<HostOffset, EntryFault> {
         if !self.geometry.is_aligned(offset) {
-            return Err(Corruption::ClusterUnaligned(offset));
+            return Err(EntryFault::Unaligned(HostOffset(offset)));
         }
         if self.data_file && offset != self.geometry.cluster_start(guest.0) {
-            return Err(Corruption::DataFileOffset(guest.0));
+            return Err(EntryFault::DataFileOffset(HostOffset(offset)));
         }
         Ok(HostOffset(offset))
     }
 
-    fn decode_compressed(self, guest: GuestOffset, entry: u64) -> Result<L2Entry, Corruption> {
+    fn decode_compressed(self, entry: u64) -> Result<L2Entry, EntryFault> {
         if self.data_file {
-            return Err(Corruption::CompressedWithDataFile(guest.0));
+            return Err(EntryFault::CompressedWithDataFile);
         }
         let shift = self.compressed_shift();
         let host = entry & ((1 << shift) - 1);
@@ -234,7 +234,7 @@ mod tests {
             assert_eq!(f.decode(GUEST, word, 0), Ok(entry));
             assert_eq!(f.encode(entry), Some((word, 0)));
         }
-        assert_eq!(f.decode(GUEST, 0x8000_0000_0005_0200, 0), Err(Corruption::ClusterUnaligned(0x5_0200)));
+        assert_eq!(f.decode(GUEST, 0x8000_0000_0005_0200, 0), Err(EntryFault::Unaligned(HostOffset(0x5_0200))));
         // Reserved bits.
         assert_eq!(f.decode(GUEST, 0x3f00_0000_0000_01fe, 0), Ok(L2Entry::UNALLOCATED));
     }
@@ -242,7 +242,7 @@ mod tests {
     #[test]
     fn version_2_has_no_zero_clusters() {
         let f = L2Format { zero_clusters: false, ..format(false) };
-        assert_eq!(f.decode(GUEST, 1, 0), Err(Corruption::ZeroInV2(GUEST.0)));
+        assert_eq!(f.decode(GUEST, 1, 0), Err(EntryFault::ZeroInV2));
     }
 
     #[test]
@@ -281,8 +281,8 @@ mod tests {
         assert_eq!(f.decode(GUEST, words.0, words.1), Ok(entry));
         assert_eq!(f.encode(entry), Some(words));
         // Both bits of a subcluster; data without a place.
-        assert_eq!(f.decode(GUEST, words.0, 0x1_0000_0001), Err(Corruption::Subclusters(GUEST.0)));
-        assert_eq!(f.decode(GUEST, 0, 1), Err(Corruption::Subclusters(GUEST.0)));
+        assert_eq!(f.decode(GUEST, words.0, 0x1_0000_0001), Err(EntryFault::Subclusters));
+        assert_eq!(f.decode(GUEST, 0, 1), Err(EntryFault::Subclusters));
         // The zero bit of standard entries is reserved.
         assert_eq!(f.decode(GUEST, 1, 0), Ok(L2Entry::UNALLOCATED));
     }
@@ -306,7 +306,7 @@ mod tests {
         assert_eq!(f.decode(GuestOffset(0), COPIED, 0), Ok(at_zero));
         assert_eq!(f.encode(at_zero), Some((COPIED, 0)));
         assert_eq!(f.decode(GuestOffset(0), 0, 0), Ok(L2Entry::UNALLOCATED));
-        assert_eq!(f.decode(GUEST, COPIED | 0x4_0000, 0), Err(Corruption::DataFileOffset(GUEST.0)));
-        assert_eq!(f.decode(GUEST, L2_COMPRESSED, 0), Err(Corruption::CompressedWithDataFile(GUEST.0)));
+        assert_eq!(f.decode(GUEST, COPIED | 0x4_0000, 0), Err(EntryFault::DataFileOffset(HostOffset(0x4_0000))));
+        assert_eq!(f.decode(GUEST, L2_COMPRESSED, 0), Err(EntryFault::CompressedWithDataFile));
     }
 }

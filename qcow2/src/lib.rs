@@ -1,11 +1,38 @@
 //! QEMU's qcow2 disk images, versions 2 and 3, without an operating system.
+//!
+//! An [`Image`] reads: it says what an image is, and where the bytes of its disk lie. It follows QEMU's
+//! `docs/interop/qcow2.rst`, and refuses what QEMU refuses.
+//!
+//! ```text
+//! file ──► Image ──► BlockMap    where each run of the disk lies, without reading it
+//!            │  └──► BlockRead   the disk's bytes (unallocated ones as zero: join layers by an overlay)
+//!            └─────► header, extensions, snapshots, bitmaps
+//! ```
+//!
+//! # Supported
+//! Versions 2 and 3, clusters of 512 bytes to 2 MiB, refcounts of 1 to 64 bits, standard and extended L2 entries
+//! (subclusters), clusters compressed by zlib and zstd, external data files, names of backing files, internal
+//! snapshots, persistent dirty bitmaps, feature name tables.
+//!
+//! # Not supported
+//! Encrypted images are described ([`Image::encryption`]) but not decrypted: reading one is an error. No other file
+//! is ever opened here; names of backing and data files are handed to the caller.
+//!
+//! # Hostile images
+//! No byte of an image makes this crate panic, and none sizes an allocation that is not bounded first: metadata is
+//! read through a cache of [`OpenOptions::cache_bytes`]; snapshots and bitmaps have the bounds told at
+//! [`Image::snapshots`] and [`Image::bitmaps`].
 #![no_std]
 #![forbid(unsafe_code)]
 
 extern crate alloc;
+#[cfg(test)]
+#[macro_use]
+extern crate std;
 
 mod addr;
 mod allocator;
+mod bitmap;
 mod bitmap_store;
 mod cache;
 mod create;
@@ -15,19 +42,27 @@ mod format;
 mod header;
 mod l1;
 mod l2;
+mod map;
+mod open;
+mod pages;
+mod read;
 mod refcount;
 mod reserve;
+mod snapshot;
 mod store;
 mod write;
 mod zero;
 
 pub use addr::{Geometry, GuestOffset, HostOffset};
+pub use bitmap::{BitmapFlags, BitmapInfo, BitmapRun, BitmapRunKind};
 pub use create::{CreateOptions, OptionError, Preallocation, create};
-pub use error::{BitmapsFault, Corruption, DirectoryFault, Error, Result, Table};
+pub use error::{BitmapsFault, Corruption, DirectoryFault, EntryFault, Error, NameAt, Result, Table};
 pub use extension::{
     BitmapDirectory, CryptoHeader, Extensions, FeatureKind, FeatureName, FeatureNames, UnknownExtension,
 };
 pub use header::{Autoclear, Compatible, CompressionType, EncryptionMethod, Header, Incompatible};
 pub use l1::L1Entry;
 pub use l2::{L2Entry, L2Format, SubclusterState, Subclusters};
+pub use open::{Encryption, Image, OpenOptions, feature_names};
+pub use snapshot::{Snapshot, SnapshotSelector};
 pub use write::Writer;

@@ -68,8 +68,8 @@ pub struct Writer<D> {
     failed: bool,
 }
 
-pub(crate) fn corrupt(corruption: Corruption) -> Error {
-    ImageError::Corrupt(corruption).into()
+pub(crate) fn corrupt(offset: u64, cause: Corruption) -> Error {
+    ImageError::Corrupt { offset, cause }.into()
 }
 
 impl<D: BlockWrite> Writer<D> {
@@ -99,7 +99,7 @@ impl<D: BlockWrite> Writer<D> {
         let mut cluster = zeroed(header.geometry.cluster_size() as usize)?;
         main.read(0, &mut cluster)?;
         let backing_name = header.backing_name()?.and_then(|range| cluster.get(range)).unwrap_or_default().to_vec();
-        let area = cluster.get(header.header_len as usize..header.extensions_end()).unwrap_or_default();
+        let area = cluster.get(header.extension_area()).unwrap_or_default();
         let extensions = Extensions::parse(&header, area)?;
         let data = match (header.incompatible.contains(Incompatible::DATA_FILE), data) {
             (true, None) => return Err(ImageError::DataFileMissing),
@@ -207,7 +207,9 @@ impl<D: BlockWrite> Writer<D> {
         let entry = usize::try_from(index).ok().and_then(|index| self.l1.get(index));
         let entry = L1Entry::decode(*entry.ok_or(Error::new(ErrorKind::OutOfBounds).at(guest))?);
         match entry.table {
-            Some(at) if !self.header.geometry.is_aligned(at.0) => Err(corrupt(Corruption::L2Unaligned(at.0))),
+            Some(at) if !self.header.geometry.is_aligned(at.0) => {
+                Err(corrupt(guest, Corruption::L2Unaligned { table: at, l1_index: index }))
+            }
             _ => Ok(entry),
         }
     }
@@ -226,7 +228,10 @@ impl<D: BlockWrite> Writer<D> {
             let word = |at: usize| bytes[at..].first_chunk().map_or(0, |word| u64::from_be_bytes(*word));
             (word(start), if len == 16 { word(start + 8) } else { 0 })
         })?;
-        self.format.decode(GuestOffset(guest), word, bitmap).map_err(corrupt)
+        self.format.decode(GuestOffset(guest), word, bitmap).map_err(|fault| {
+            let index = geometry.l2_index(GuestOffset(guest));
+            corrupt(guest, Corruption::Entry { fault, table: HostOffset(table), index })
+        })
     }
 
     /// The entry of the cluster at `guest`.
@@ -496,7 +501,7 @@ impl<D: BlockWrite> Writer<D> {
         let mut cluster = zeroed(self.header.geometry.cluster_size() as usize)?;
         Decoder::new()
             .decode(self.codec(), &stored, &mut cluster)
-            .map_err(|_| corrupt(Corruption::Compressed(guest)))?;
+            .map_err(|_| corrupt(guest, Corruption::Compressed(HostOffset(host))))?;
         Ok(cluster)
     }
 

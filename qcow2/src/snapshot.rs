@@ -1,0 +1,202 @@
+//! Internal snapshots: spec chapter "Snapshots".
+
+use alloc::vec::Vec;
+
+use instar_blockio::BlockRead;
+use zerocopy::FromBytes;
+
+use crate::addr::HostOffset;
+use crate::error::{Error, Result, Table};
+use crate::extension::c_string;
+use crate::format::{MAX_L1_BYTES, MAX_SNAPSHOT_EXTRA, MAX_SNAPSHOT_TABLE_BYTES, RawSnapshot};
+use crate::header::{Header, check_table};
+use crate::open::{Image, L1Place};
+use crate::pages::Pages;
+
+/// Extra data with a meaning here: machine state size, virtual size, instruction count.
+const KNOWN_EXTRA: usize = 24;
+
+/// An internal snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Its id, unique in the image; QEMU uses decimal numbers.
+    pub id: Vec<u8>,
+    /// Its name.
+    pub name: Vec<u8>,
+    /// Where its L1 table lies; not checked.
+    pub l1_offset: HostOffset,
+    /// Entries of that; not checked.
+    pub l1_entries: u32,
+    /// When it was taken: seconds since 1970.
+    pub date_sec: u32,
+    /// And nanoseconds.
+    pub date_nsec: u32,
+    /// Clock of the machine, nanoseconds.
+    pub vm_clock_nsec: u64,
+    /// Bytes of machine state saved with it.
+    pub vm_state_size: u64,
+    /// Size of the disk at the time, bytes.
+    pub virtual_size: u64,
+    /// Instruction count of the machine, where recorded.
+    pub icount: Option<u64>,
+}
+
+/// Names a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SnapshotSelector<'a> {
+    /// The first whose id is this, or else the first whose name is.
+    IdOrName(&'a [u8]),
+    /// The first that has this id and this name, as far as given.
+    Exact {
+        /// Id.
+        id: Option<&'a [u8]>,
+        /// Name.
+        name: Option<&'a [u8]>,
+    },
+}
+
+/// An entry of the snapshot table, its strings not yet read.
+struct Entry {
+    raw: RawSnapshot,
+    extra: [u8; KNOWN_EXTRA],
+    id_at: u64,
+    name_at: u64,
+}
+
+/// Steps through the snapshot table.
+struct Entries<'a, D> {
+    pages: &'a Pages<D>,
+    start: u64,
+    at: u64,
+    index: u32,
+    count: u32,
+}
+
+impl<'a, D: BlockRead> Entries<'a, D> {
+    fn new(pages: &'a Pages<D>, header: &Header) -> Self {
+        let start = header.snapshots_offset.0;
+        Self { pages, start, at: start, index: 0, count: header.snapshot_count }
+    }
+
+    /// Reads the entry at `self.at` and moves behind it. The header was checked to keep the table's start below 2^63,
+    /// and each entry adds less than 2^18 bytes before the table's length is checked, so the sums stay in range.
+    fn read(&mut self) -> Result<Entry> {
+        const HEAD: u64 = size_of::<RawSnapshot>() as u64;
+        let at = self.at.next_multiple_of(8);
+        let mut head = [0; HEAD as usize];
+        self.pages.read(at, &mut head)?;
+        let raw = RawSnapshot::read_from_bytes(&head).map_err(|_| Error::SnapshotExtraData(self.index))?;
+        let extra_len = raw.extra_data_size.get();
+        if extra_len > MAX_SNAPSHOT_EXTRA {
+            return Err(Error::SnapshotExtraData(self.index));
+        }
+        let mut extra = [0; KNOWN_EXTRA];
+        let known = KNOWN_EXTRA.min(extra_len as usize);
+        self.pages.read(at + HEAD, &mut extra[..known])?;
+        let id_at = at + HEAD + u64::from(extra_len);
+        let name_at = id_at + u64::from(raw.id_str_size.get());
+        self.at = name_at + u64::from(raw.name_size.get());
+        if self.at - self.start > MAX_SNAPSHOT_TABLE_BYTES {
+            return Err(Error::SnapshotTableTooBig(self.count - self.index));
+        }
+        Ok(Entry { raw, extra, id_at, name_at })
+    }
+}
+
+impl<D: BlockRead> Iterator for Entries<'_, D> {
+    type Item = Result<Entry>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.index >= self.count {
+            return None;
+        }
+        let entry = self.read();
+        self.index = if entry.is_ok() { self.index + 1 } else { self.count };
+        Some(entry)
+    }
+}
+
+impl Entry {
+    /// Word `index` of the extra data, if the entry has it.
+    fn extra(&self, index: usize) -> Option<u64> {
+        let end = (index + 1) * 8;
+        if (self.raw.extra_data_size.get() as usize) < end {
+            return None;
+        }
+        let word = self.extra.get(end - 8..end)?.first_chunk::<8>()?;
+        Some(u64::from_be_bytes(*word))
+    }
+
+    fn load<D: BlockRead>(&self, pages: &Pages<D>, header: &Header) -> Result<Snapshot> {
+        let string = |at: u64, len: u16| -> Result<Vec<u8>> {
+            let mut bytes = pages.read_vec(at, len.into())?;
+            bytes.truncate(c_string(&bytes).len());
+            Ok(bytes)
+        };
+        Ok(Snapshot {
+            id: string(self.id_at, self.raw.id_str_size.get())?,
+            name: string(self.name_at, self.raw.name_size.get())?,
+            l1_offset: HostOffset(self.raw.l1_table_offset.get()),
+            l1_entries: self.raw.l1_size.get(),
+            date_sec: self.raw.date_sec.get(),
+            date_nsec: self.raw.date_nsec.get(),
+            vm_clock_nsec: self.raw.vm_clock_nsec.get(),
+            vm_state_size: self.extra(0).unwrap_or(self.raw.vm_state_size.get().into()),
+            virtual_size: self.extra(1).unwrap_or(header.virtual_size),
+            // All ones say that none was recorded.
+            icount: self.extra(2).filter(|&count| count != u64::MAX),
+        })
+    }
+}
+
+/// Walks the table once, for its faults.
+pub(crate) fn check<D: BlockRead>(pages: &Pages<D>, header: &Header) -> Result<()> {
+    Entries::new(pages, header).try_for_each(|entry| entry.map(drop))
+}
+
+impl<D: BlockRead> Image<D> {
+    /// The internal snapshots, in the order of their table: at most 65536, and 64 MiB in all.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::OutOfMemory`].
+    pub fn snapshots(&self) -> Result<Vec<Snapshot>> {
+        let mut all = Vec::new();
+        for entry in Entries::new(&self.pages, &self.header) {
+            all.try_reserve(1).map_err(|_| Error::OutOfMemory)?;
+            all.push(entry?.load(&self.pages, &self.header)?);
+        }
+        Ok(all)
+    }
+
+    /// Shows the disk as it was when a snapshot was taken. The virtual size stays that of the image, as with QEMU;
+    /// what the snapshot's L1 table does not reach is unallocated.
+    ///
+    /// # Errors
+    /// [`Error::SnapshotNotFound`], or [`Error::TableTooLarge`] and [`Error::TableOffset`] for its L1 table.
+    pub fn select_snapshot(&mut self, selector: SnapshotSelector<'_>) -> Result<()> {
+        let snapshot = self.find_snapshot(selector)?.ok_or(Error::SnapshotNotFound)?;
+        let (offset, entries) = (snapshot.l1_offset, snapshot.l1_entries);
+        check_table(self.header.geometry, Table::SnapshotL1, offset, entries, 8, MAX_L1_BYTES)?;
+        self.l1 = L1Place { offset, entries: entries.into() };
+        self.forget_unit();
+        Ok(())
+    }
+
+    fn find_snapshot(&self, selector: SnapshotSelector<'_>) -> Result<Option<Snapshot>> {
+        let mut named = None;
+        for entry in Entries::new(&self.pages, &self.header) {
+            let snapshot = entry?.load(&self.pages, &self.header)?;
+            match selector {
+                SnapshotSelector::IdOrName(text) if snapshot.id == text => return Ok(Some(snapshot)),
+                SnapshotSelector::IdOrName(text) if named.is_none() && snapshot.name == text => named = Some(snapshot),
+                SnapshotSelector::Exact { id, name }
+                    if id.is_none_or(|id| snapshot.id == id) && name.is_none_or(|name| snapshot.name == name) =>
+                {
+                    return Ok(Some(snapshot));
+                }
+                _ => {}
+            }
+        }
+        Ok(named)
+    }
+}
