@@ -32,6 +32,7 @@ const CASES: &[Case] = &[
     ("failures_come_back", failures_come_back),
     ("messages_arrive", messages_arrive),
     ("jobs_follow_each_other", jobs_follow_each_other),
+    ("clusters_are_compressed", clusters_are_compressed),
     ("panic_tells_its_place", panic_tells_its_place),
     ("exhausted_memory_is_told", exhausted_memory_is_told),
     ("stack_overflow_crashes", stack_overflow_crashes),
@@ -303,6 +304,14 @@ fn jobs_follow_each_other() {
     assert_eq!(run(&Setup::new(11).vcpus(1)).value(), 200);
     assert_eq!(run(&Setup::new(11).vcpus(2)).value(), 300);
     assert_eq!(run(&Setup::new(11).vcpus(4)).value(), 500);
+}
+
+fn clusters_are_compressed() {
+    let text: Vec<u8> = (0..200_000).flat_map(|i: u32| format!("{} ", i / 3).into_bytes()).collect();
+    let file = file_of(&text);
+    let ended = run(&Setup::new(12).file(&file, false));
+    // Three times the text, by three codecs, is a fraction of it.
+    assert!((1000..text.len() as u64).contains(&ended.value()), "{} of {}", ended.value(), text.len());
 }
 
 fn panic_tells_its_place() {

@@ -12,7 +12,8 @@ use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use core::{hint, ptr};
 
-use instar_blockio::{BlockMap, BlockRead, BlockWrite, ErrorKind, ExtentKind, FileId, ReadPart, ZeroMode};
+use instar_blockio::{BlockMap, BlockRead, BlockWrite, Codec, ErrorKind, ExtentKind, FileId, ReadPart, ZeroMode};
+use instar_codec::{Decoder, Encoder};
 use instar_guest::platform::{Io, Platform};
 use instar_guest::rt::Machine;
 use instar_guest_protocol::message::request::Operation;
@@ -53,6 +54,7 @@ fn run(machine: &Machine, request: &[u8]) {
         9 => failures(machine),
         10 => messages(machine),
         11 => jobs(machine),
+        12 => codecs(machine),
         20 => panics(),
         21 => exhausts(),
         22 => Ok(overflows(1)),
@@ -263,6 +265,35 @@ fn jobs(machine: &Machine) -> Outcome {
         check!(count.load(Ordering::Relaxed) == wanted);
     }
     Ok(wanted)
+}
+
+/// Compresses device 0 cluster by cluster on all vCPUs, and gets it back.
+fn codecs(machine: &Machine) -> Outcome {
+    const CLUSTER: usize = 64 << 10;
+    let file = machine.file(0).ok_or(line!())?;
+    let (next, stored_len, bad) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
+    machine.parallel(machine.vcpus(), &|_| {
+        let mut coders = [Codec::Deflate, Codec::Zlib, Codec::Zstd].map(|codec| (codec, Encoder::new(codec)));
+        let mut decoder = Decoder::new();
+        let (mut cluster, mut stored, mut back) = (vec![0; CLUSTER], Vec::new(), vec![0; CLUSTER]);
+        loop {
+            let offset = next.fetch_add(CLUSTER as u64, Ordering::Relaxed);
+            if offset + CLUSTER as u64 > file.size() {
+                break;
+            }
+            file.read_at(offset, &mut cluster).expect("read");
+            for (codec, encoder) in &mut coders {
+                stored.clear();
+                if let Ok(Some(len)) = encoder.encode(&cluster, &mut stored) {
+                    let decoded = decoder.decode(*codec, &stored[..len], &mut back);
+                    bad.fetch_add((decoded.is_err() || back != cluster).into(), Ordering::Relaxed);
+                    stored_len.fetch_add(len as u64, Ordering::Relaxed);
+                }
+            }
+        }
+    });
+    check!(bad.into_inner() == 0);
+    Ok(stored_len.into_inner())
 }
 
 fn panics() -> Outcome {

@@ -274,6 +274,16 @@ pub unsafe extern "C" fn bcmp(a: *const u8, b: *const u8, n: usize) -> i32 {
     naked_asm!("jmp {memcmp}", memcmp = sym memcmp)
 }
 
+/// Bytes before the first zero byte. For error texts only, so it is short and not fast.
+///
+/// # Safety
+/// As in C: a zero byte ends the string.
+#[unsafe(naked)]
+#[cfg_attr(feature = "freestanding", unsafe(no_mangle))]
+pub unsafe extern "C" fn strlen(string: *const u8) -> usize {
+    naked_asm!("xor eax, eax", "2:", "cmp byte ptr [rdi + rax], 0", "je 3f", "inc rax", "jmp 2b", "3:", "ret")
+}
+
 #[cfg(test)]
 mod tests {
     use std::vec::Vec;
@@ -330,6 +340,14 @@ mod tests {
             assert_eq!(back, bytes[8..].as_mut_ptr());
             assert!(bytes[8..8 + len].iter().all(|&byte| byte == 0x5a), "{len}");
             assert!(bytes[..8].iter().chain(&bytes[8 + len..]).all(|&byte| byte == 0xee), "{len}");
+        }
+    }
+
+    #[test]
+    fn strings_end_at_zero() {
+        for (string, len) in [(c"", 0), (c"a", 1), (c"instar", 6)] {
+            // SAFETY: a C string.
+            assert_eq!(unsafe { strlen(string.as_ptr().cast()) }, len);
         }
     }
 

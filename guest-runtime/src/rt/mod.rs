@@ -9,7 +9,7 @@
 //! * `boot`: the boot page, and which vCPU this is
 //! * `doorbell`: the `out` instruction
 //! * `mem`: the functions that compiled code calls to move bytes
-//! * `heap`: the allocator
+//! * `heap`: the allocator; `c_heap`: the same for code that calls it as in C
 //! * `hal`, `transport`, `queue`: virtio over shared memory; `blk` is the driver
 //! * `mailbox`: messages
 //! * `smp`: workers, and sleeping until something changes
@@ -18,6 +18,7 @@
 
 mod blk;
 mod boot;
+mod c_heap;
 mod doorbell;
 mod entry;
 mod hal;
