@@ -1,10 +1,11 @@
 //! Prints what the start of a sandbox costs: medians of its phases, in microseconds.
 //!
 //! ```text
-//! cargo run --release -p instar-vmm --example startup [-- RUNS]
+//! cargo run --release -p instar-vmm --example startup [-- RUNS [GUEST REQUEST]]
 //! ```
 //!
-//! The guest does nothing but exit, so what a real one touches and reads comes on top.
+//! Without GUEST (an ELF file) and REQUEST (hexadecimal) the guest does nothing but exit, so what a real one touches and reads
+//! comes on top.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
@@ -15,9 +16,13 @@ use common::{Guest, collect, settings};
 use instar_vmm::{Phases, Sandbox};
 
 fn main() {
-    let runs = std::env::args().nth(1).and_then(|text| text.parse().ok()).unwrap_or(200);
-    let elf = Guest::new().exit().elf();
-    let mut rows: Vec<[f64; 11]> = (0..runs).map(|_| one_run(elf)).collect();
+    let arguments: Vec<String> = std::env::args().collect();
+    let runs = arguments.get(1).and_then(|text| text.parse().ok()).unwrap_or(200);
+    let (elf, request) = match (arguments.get(2), arguments.get(3)) {
+        (Some(path), Some(hex)) => (&*std::fs::read(path).expect("guest").leak(), bytes_of(hex)),
+        _ => (Guest::new().exit().elf(), Vec::new()),
+    };
+    let mut rows: Vec<[f64; 11]> = (0..runs).map(|_| one_run(elf, &request)).collect();
     let names = [
         "spawn returns",
         "process locked down",
@@ -38,12 +43,19 @@ fn main() {
     }
 }
 
-fn one_run(elf: &'static [u8]) -> [f64; 11] {
+fn bytes_of(hex: &str) -> Vec<u8> {
+    hex.as_bytes()
+        .chunks(2)
+        .map(|pair| u8::from_str_radix(str::from_utf8(pair).expect("ASCII"), 16).expect("hexadecimal"))
+        .collect()
+}
+
+fn one_run(elf: &'static [u8], request: &[u8]) -> [f64; 11] {
     let clock = Instant::now();
     let us = || clock.elapsed().as_nanos() as f64 / 1000.0;
     let mut sandbox = Sandbox::spawn(elf, &settings()).expect("sandbox");
     let spawned = us();
-    sandbox.start(b"").expect("start");
+    sandbox.start(request).expect("start");
     let outcome = collect(&mut sandbox).expect("run");
     let received = us();
     drop(sandbox);

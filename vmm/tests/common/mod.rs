@@ -137,19 +137,21 @@ impl Guest {
         let code_at = 0x1000;
         let constants_at = code_at + self.code.len();
         let data_at = constants_at + constants.len();
-        for (flags, at, addr, bytes) in [
-            (5u32, code_at, CODE, self.code.as_slice()),
-            (4, constants_at, CONSTANTS, constants.as_slice()),
-            (6, data_at, DATA, self.data.as_slice()),
+        // Zeroes at the end need not be in the file.
+        let data = &self.data[..self.data.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1)];
+        for (flags, at, addr, bytes, len) in [
+            (5u32, code_at, CODE, self.code.as_slice(), self.code.len()),
+            (4, constants_at, CONSTANTS, constants.as_slice(), constants.len()),
+            (6, data_at, DATA, data, self.data.len()),
         ] {
             out.extend(1u32.to_le_bytes());
             out.extend(flags.to_le_bytes());
-            for word in [at as u64, addr, addr, bytes.len() as u64, bytes.len() as u64, 4096] {
+            for word in [at as u64, addr, addr, bytes.len() as u64, len as u64, 4096] {
                 out.extend(word.to_le_bytes());
             }
         }
         out.resize(code_at, 0);
-        out.extend([self.code.as_slice(), &constants, &self.data].concat());
+        out.extend([self.code.as_slice(), &constants, data].concat());
         Box::leak(out.into_boxed_slice())
     }
 
