@@ -14,12 +14,21 @@ pub struct Settings {
     pub stall: Duration,
     /// The run may take no longer than this.
     pub time_limit: Option<Duration>,
+    /// Let the guest use AVX2 and what belongs to it (x86-64-v3) where the host has it. Makes the start a little slower.
+    pub vectors: bool,
     /// Keep the registers of a crashed guest, and the standard error stream of the monitor process.
     pub debug: bool,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { vcpus: 1, memory: 256 << 20, stall: Duration::from_secs(10), time_limit: None, debug: false }
+        Self {
+            vcpus: 1,
+            memory: 256 << 20,
+            stall: Duration::from_secs(10),
+            time_limit: None,
+            vectors: false,
+            debug: false,
+        }
     }
 }

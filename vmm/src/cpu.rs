@@ -15,7 +15,7 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuFd, VmFd};
 
 use crate::error::KvmStep;
-use crate::layout::{BOOT_PAGE, PAGE, TASK_STATE, stack_top};
+use crate::layout::{BOOT_PAGE, Layout, PAGE, TASK_STATE};
 use crate::paging;
 
 /// CPUID leaf 1, ECX.
@@ -41,12 +41,9 @@ const BMI1: u32 = 1 << 3;
 const AVX2: u32 = 1 << 5;
 const BMI2: u32 = 1 << 8;
 const ERMS: u32 = 1 << 9;
-const ADX: u32 = 1 << 19;
-const SHA: u32 = 1 << 29;
 /// CPUID leaf 7, EDX.
 const FSRM: u32 = 1 << 4;
 /// CPUID leaf 0x8000_0001, ECX.
-const LAHF: u32 = 1 << 0;
 const LZCNT: u32 = 1 << 5;
 /// CPUID leaf 0x8000_0001, EDX: no-execute, long mode.
 const NX_LM: u32 = 1 << 20 | 1 << 29;
@@ -75,61 +72,56 @@ const DOORBELLS: std::ops::RangeInclusive<u16> = port::KICK..=port::PANIC + 3;
 const TASK_STATE_BYTES: usize = IO_BITMAP as usize + *DOORBELLS.end() as usize / 8 + 2;
 const _: () = assert!(TASK_STATE_BYTES as u64 <= PAGE);
 
-/// A processor description: a small part of what the host's has.
+/// A processor description.
 ///
-/// Asking KVM for everything that it could offer takes longer than the rest of the start.
+/// It holds what KVM itself must know to accept the registers, and no more: asking KVM for everything that it could offer
+/// takes longer than the rest of the start, each leaf has its price as well, and the guest learns from its boot page what it
+/// may use.
 #[derive(Clone, Debug)]
 pub struct Cpu {
     leaves: Vec<kvm_cpuid_entry2>,
-    avx: bool,
+    features: CpuFeatures,
 }
 
 impl Cpu {
-    /// Describes the processor that this runs on.
-    pub fn of_host() -> Self {
-        let vendor = host_cpuid(0, 0);
+    /// Describes the processor that this runs on, with vector registers beyond SSE if `vectors` and if it has them.
+    pub fn of_host(vectors: bool) -> Self {
         let basic = host_cpuid(1, 0);
-        let more = if vendor.eax >= 7 { host_cpuid(7, 0) } else { zero() };
-        let extended = host_cpuid(0x8000_0001, 0);
-        // Bits 5 to 8 of XCR0 and others stay off: the guest has no use for them.
-        let avx = basic.ecx & V3_1 == V3_1
-            && basic.ecx & OSXSAVE != 0
-            && more.ebx & V3_7 == V3_7
-            && extended.ecx & LZCNT != 0
-            && vendor.eax >= 13;
-        let mut ecx = SSE3 | PCLMULQDQ | SSSE3 | CMPXCHG16B | SSE4_1 | SSE4_2 | MOVBE | POPCNT | AES;
-        let mut ebx7 = BMI1 | BMI2 | ERMS | ADX | SHA;
-        if avx {
-            ecx |= FMA | XSAVE | AVX | F16C;
-            ebx7 |= AVX2;
+        let mut features = CpuFeatures::empty();
+        features.set(CpuFeatures::SSE42, basic.ecx & (SSE4_2 | POPCNT) == SSE4_2 | POPCNT);
+        features.set(CpuFeatures::AES, basic.ecx & (AES | PCLMULQDQ) == AES | PCLMULQDQ);
+        let vendor = host_cpuid(0, 0);
+        let [ebx, ecx, edx] = [vendor.ebx, vendor.ecx, vendor.edx];
+        let mut leaves = vec![leaf(0, [1, ebx, ecx, edx]), leaf(0x8000_0001, [0, 0, 0, NX_LM])];
+        if vectors && vendor.eax >= 13 && basic.ecx & (V3_1 | OSXSAVE) == V3_1 | OSXSAVE {
+            let (more, extended) = (host_cpuid(7, 0), host_cpuid(0x8000_0001, 0));
+            if more.ebx & V3_7 == V3_7 && extended.ecx & LZCNT != 0 {
+                features |= CpuFeatures::V3;
+                let ecx1 = V3_1 | OSXSAVE | (basic.ecx & (AES | PCLMULQDQ));
+                leaves = vec![
+                    leaf(0, [13, ebx, ecx, edx]),
+                    // EBX: bytes flushed by clflush; the rest would be the APIC id.
+                    leaf(1, [basic.eax, basic.ebx & 0xff00, ecx1, basic.edx & BASELINE]),
+                    indexed(7, [0, more.ebx & (V3_7 | ERMS), 0, more.edx & FSRM]),
+                    indexed(13, [XCR0_AVX as u32, XSAVE_AVX_BYTES, XSAVE_AVX_BYTES, 0]),
+                    leaf(0x8000_0001, [0, 0, LZCNT, NX_LM]),
+                ];
+            }
         }
-        let osxsave = if avx { OSXSAVE } else { 0 };
-        let mut leaves = vec![
-            leaf(0, [if avx { 13 } else { 7 }, vendor.ebx, vendor.ecx, vendor.edx]),
-            // EBX: bytes flushed by clflush; the rest would be the APIC id.
-            leaf(1, [basic.eax, basic.ebx & 0xff00, basic.ecx & ecx | osxsave, basic.edx & BASELINE]),
-            indexed(7, [0, more.ebx & ebx7, 0, more.edx & FSRM]),
-            leaf(0x8000_0000, [0x8000_0001, vendor.ebx, vendor.ecx, vendor.edx]),
-            leaf(0x8000_0001, [0, 0, extended.ecx & (LAHF | LZCNT), extended.edx & NX_LM]),
-        ];
-        if avx {
-            leaves.push(indexed(13, [XCR0_AVX as u32, XSAVE_AVX_BYTES, XSAVE_AVX_BYTES, 0]));
-        }
-        Self { leaves, avx }
+        Self { leaves, features }
     }
 
     /// What the guest is told on its boot page.
     pub fn features(&self) -> CpuFeatures {
-        let ecx = self.leaves.iter().find(|l| l.function == 1).map_or(0, |l| l.ecx);
-        let mut features = CpuFeatures::empty();
-        features.set(CpuFeatures::SSE42, ecx & (SSE4_2 | POPCNT) == SSE4_2 | POPCNT);
-        features.set(CpuFeatures::AES, ecx & (AES | PCLMULQDQ) == AES | PCLMULQDQ);
-        features.set(CpuFeatures::V3, self.avx);
-        features
+        self.features
     }
 
-    /// Makes vCPU `index` of `vm`, ready for its first instruction at `entry`.
-    pub fn create_vcpu(&self, vm: &VmFd, index: u32, entry: u64) -> Result<VcpuFd, (KvmStep, i32)> {
+    fn has_avx(&self) -> bool {
+        self.features.contains(CpuFeatures::V3)
+    }
+
+    /// Makes vCPU `index` of `vm`, ready for its first instruction.
+    pub fn create_vcpu(&self, vm: &VmFd, index: u32, layout: &Layout) -> Result<VcpuFd, (KvmStep, i32)> {
         let at = |step| move |error: kvm_ioctls::Error| (step, error.errno());
         let vcpu = vm.create_vcpu(u64::from(index)).map_err(at(KvmStep::CreateVcpu))?;
         let leaves = CpuId::from_entries(&self.leaves).map_err(|_| (KvmStep::Cpuid, libc::E2BIG))?;
@@ -137,10 +129,10 @@ impl Cpu {
         let mut special = vcpu.get_sregs().map_err(at(KvmStep::Registers))?;
         self.set_special(&mut special);
         vcpu.set_sregs(&special).map_err(at(KvmStep::Registers))?;
-        if self.avx {
+        if self.has_avx() {
             vcpu.set_xcrs(&xcr0(XCR0_AVX)).map_err(at(KvmStep::Xcrs))?;
         }
-        vcpu.set_regs(&start_registers(index, entry)).map_err(at(KvmStep::Registers))?;
+        vcpu.set_regs(&start_registers(index, layout)).map_err(at(KvmStep::Registers))?;
         Ok(vcpu)
     }
 
@@ -171,7 +163,7 @@ impl Cpu {
         };
         special.cr0 = CR0;
         special.cr3 = paging::ROOT;
-        special.cr4 = CR4_PAE | CR4_OSFXSR | CR4_OSXMMEXCPT | if self.avx { CR4_OSXSAVE } else { 0 };
+        special.cr4 = CR4_PAE | CR4_OSFXSR | CR4_OSXMMEXCPT | if self.has_avx() { CR4_OSXSAVE } else { 0 };
         special.efer = EFER;
         special.idt.limit = 0;
         special.gdt.limit = 0;
@@ -191,10 +183,10 @@ pub fn task_state() -> [u8; TASK_STATE_BYTES] {
 }
 
 /// General registers at the first instruction: see [`instar_guest_protocol::boot`].
-fn start_registers(index: u32, entry: u64) -> kvm_regs {
+fn start_registers(index: u32, layout: &Layout) -> kvm_regs {
     kvm_regs {
-        rip: entry,
-        rsp: stack_top(index),
+        rip: layout.entry,
+        rsp: layout.stack_top(index),
         rdi: u64::from(index),
         rsi: BOOT_PAGE,
         rflags: RFLAGS,
@@ -206,10 +198,6 @@ fn xcr0(value: u64) -> kvm_xcrs {
     let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..kvm_xcrs::default() };
     xcrs.xcrs[0] = kvm_xcr { xcr: 0, value, ..kvm_xcr::default() };
     xcrs
-}
-
-fn zero() -> std::arch::x86_64::CpuidResult {
-    std::arch::x86_64::CpuidResult { eax: 0, ebx: 0, ecx: 0, edx: 0 }
 }
 
 fn leaf(function: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> kvm_cpuid_entry2 {
@@ -235,9 +223,6 @@ mod tests {
 
     #[test]
     fn only_features_of_the_host() {
-        let cpu = Cpu::of_host();
-        let features = cpu.features();
-        assert_eq!(features.contains(CpuFeatures::SSE42), is_x86_feature_detected!("sse4.2"));
         let v3 = is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("bmi1")
@@ -245,11 +230,13 @@ mod tests {
             && is_x86_feature_detected!("f16c")
             && is_x86_feature_detected!("movbe")
             && is_x86_feature_detected!("lzcnt");
-        assert_eq!(features.contains(CpuFeatures::V3), v3);
-        let xsave = cpu.leaves.iter().any(|l| l.function == 13);
-        assert_eq!(xsave, v3);
-        // Nothing that the guest is told not to use: no hypervisor leaf, no AVX-512.
-        assert!(cpu.leaves.iter().all(|l| l.function != 0x4000_0000));
-        assert!(cpu.leaves.iter().filter(|l| l.function == 7).all(|l| l.ebx >> 16 & 1 == 0));
+        for vectors in [false, true] {
+            let cpu = Cpu::of_host(vectors);
+            assert_eq!(cpu.features().contains(CpuFeatures::SSE42), is_x86_feature_detected!("sse4.2"));
+            assert_eq!(cpu.features().contains(CpuFeatures::V3), v3 && vectors);
+            assert_eq!(cpu.leaves.iter().any(|l| l.function == 13), v3 && vectors);
+            // No AVX-512.
+            assert!(cpu.leaves.iter().filter(|l| l.function == 7).all(|l| l.ebx >> 16 & 1 == 0));
+        }
     }
 }

@@ -9,12 +9,14 @@
 //! 0x0010_0000  boot page, log          RW
 //! 0x0010_2000  device table            R
 //! 0x0011_0000  request                 R
-//! 0x0020_0000  program                 as its segments say: RX, R, RW
-//! 0x0100_0000  stack n, at n × 4 MiB   2 MiB of guard, then 2 MiB RW, growing down
-//! 0x0520_0000  heap                    RW, in pages of 2 MiB, to the end
+//! 0x0020_0000  program                 as its segments say: RX, R, RW; ends below 16 MiB
+//!      2 MiB   stacks                  each 2 MiB of guard, then 2 MiB RW, growing down
+//!  alignment   guard                   2 MiB
+//!              heap                    RW, in pages of 2 MiB, to the end
 //! ```
 //!
-//! The memory behind is one anonymous mapping; guards and gaps cost address space only.
+//! The memory behind is one anonymous mapping; guards and gaps cost address space only (and 8 bytes of the kernel's per page,
+//! which is why nothing has a fixed place far up).
 
 use instar_guest_protocol::boot::{BootPage, DeviceInfo};
 use instar_guest_protocol::limits::{LOG_BYTES, MAX_DEVICES, MAX_REQUEST_MESSAGE_BYTES, MAX_VCPUS};
@@ -44,15 +46,11 @@ pub const REQUEST: u64 = 0x11_0000;
 /// Where programs may lie.
 pub const IMAGE_START: u64 = 0x20_0000;
 /// End of the room for programs.
-pub const IMAGE_END: u64 = STACKS;
-/// The stack area of vCPU 0.
-pub const STACKS: u64 = 0x100_0000;
+pub const IMAGE_END: u64 = 0x100_0000;
 /// Bytes of one stack.
 pub const STACK_BYTES: u64 = LARGE_PAGE;
-/// From one stack area to the next.
+/// From one stack to the next, a guard between them.
 pub const STACK_STRIDE: u64 = 2 * LARGE_PAGE;
-/// Start of the heap.
-pub const HEAP: u64 = STACKS + MAX_VCPUS as u64 * STACK_STRIDE + LARGE_PAGE;
 /// Largest heap. Its page tables fit, and all addresses fit into 36 bits, which every processor has.
 pub const MAX_HEAP: u64 = 32 << 30;
 
@@ -61,7 +59,7 @@ const _: () = {
     assert!(LOG_BYTES as u64 == PAGE);
     assert!(DEVICES + (MAX_DEVICES * size_of::<DeviceInfo>()) as u64 <= REQUEST);
     assert!(REQUEST + MAX_REQUEST_MESSAGE_BYTES as u64 <= IMAGE_START);
-    assert!(HEAP + MAX_HEAP < 1 << 36);
+    assert!(IMAGE_END + (MAX_VCPUS as u64 + 1) * STACK_STRIDE + MAX_HEAP < 1 << 36);
 };
 
 /// A range that the guest can reach.
@@ -86,6 +84,10 @@ pub struct Layout {
     pub mapped: Vec<Mapped>,
     /// vCPUs that have a stack.
     pub vcpus: u32,
+    /// Where the guard below the first stack starts.
+    stacks: u64,
+    /// Start of the heap.
+    pub heap: u64,
     /// Bytes of the heap.
     pub heap_len: u64,
     /// Address of the first instruction.
@@ -103,28 +105,36 @@ impl Layout {
             small(REQUEST, REQUEST + MAX_REQUEST_MESSAGE_BYTES as u64, false, false),
         ];
         mapped.extend(program.segments.iter().map(|s| small(s.start, s.end, s.write, s.execute)));
-        for vcpu in 0..vcpus {
-            let end = stack_top(vcpu);
-            mapped.push(Mapped { start: end - STACK_BYTES, end, write: true, execute: false, large: true });
-        }
+        // At most IMAGE_END, a multiple of a large page.
+        let stacks = program.segments.last().map_or(IMAGE_START, |last| last.end).next_multiple_of(LARGE_PAGE);
+        let large = |start, end| Mapped { start, end, write: true, execute: false, large: true };
+        mapped.extend((0..vcpus).map(|vcpu| {
+            let end = stack_top(stacks, vcpu);
+            large(end - STACK_BYTES, end)
+        }));
+        let heap = stack_top(stacks, vcpus - 1) + LARGE_PAGE;
         let used: u64 = mapped.iter().map(|range| range.end - range.start).sum::<u64>() + BOOT_PAGE;
         let heap_len = ceiling.saturating_sub(used).min(MAX_HEAP) / LARGE_PAGE * LARGE_PAGE;
         if heap_len == 0 {
             return Err(Error::TooLittleMemory { needed: used + LARGE_PAGE, allowed: ceiling });
         }
-        mapped.push(Mapped { start: HEAP, end: HEAP + heap_len, write: true, execute: false, large: true });
-        Ok(Self { mapped, vcpus, heap_len, entry: program.entry })
+        mapped.push(large(heap, heap + heap_len));
+        Ok(Self { mapped, vcpus, stacks, heap, heap_len, entry: program.entry })
     }
 
     /// Bytes of address space, from 0.
     pub fn size(&self) -> u64 {
-        HEAP + self.heap_len
+        self.heap + self.heap_len
+    }
+
+    /// Initial stack pointer of a vCPU.
+    pub fn stack_top(&self, vcpu: u32) -> u64 {
+        stack_top(self.stacks, vcpu)
     }
 }
 
-/// Initial stack pointer of a vCPU.
-pub fn stack_top(vcpu: u32) -> u64 {
-    STACKS + (u64::from(vcpu) + 1) * STACK_STRIDE
+fn stack_top(stacks: u64, vcpu: u32) -> u64 {
+    stacks + (u64::from(vcpu) + 1) * STACK_STRIDE
 }
 
 #[cfg(test)]
@@ -147,15 +157,15 @@ mod tests {
     fn ranges_ascend_with_guards_below_stacks() {
         let layout = Layout::new(&program(), 16, 256 << 20).unwrap();
         assert!(layout.mapped.windows(2).all(|pair| pair[0].end <= pair[1].start));
-        let stacks: Vec<_> = layout.mapped.iter().filter(|r| r.start >= STACKS && r.end < HEAP).collect();
+        let stacks: Vec<_> = layout.mapped.iter().filter(|r| r.start >= IMAGE_END && r.end < layout.heap).collect();
         assert_eq!(stacks.len(), 16);
         for (i, stack) in stacks.iter().enumerate() {
-            assert_eq!(stack.end, stack_top(i as u32));
+            assert_eq!(stack.end, layout.stack_top(i as u32));
             let below = layout.mapped.iter().filter(|r| r.end <= stack.start).map(|r| r.end).max().unwrap();
             assert!(stack.start - below >= LARGE_PAGE, "stack {i}");
         }
         let top = stacks.last().unwrap().end;
-        assert_eq!(HEAP - top, LARGE_PAGE);
+        assert_eq!(layout.heap - top, LARGE_PAGE);
         assert!(layout.mapped.iter().all(|r| !(r.write && r.execute) && r.start >= BOOT_PAGE));
     }
 

@@ -36,6 +36,8 @@ pub struct Plan {
     pub progress: &'static Progress,
     /// When the caller asked for the sandbox.
     pub spawned: Instant,
+    /// Vector registers beyond SSE.
+    pub vectors: bool,
     /// More to say on failures.
     pub debug: bool,
 }
@@ -79,7 +81,7 @@ type Step<T> = Result<T, (KvmStep, i32)>;
 
 /// Builds the machine with one vCPU.
 fn build(plan: Plan, host: &'static Host) -> Step<(&'static Machine, VcpuFd, Phases)> {
-    let Plan { guest, elf, layout, progress, spawned, debug } = plan;
+    let Plan { guest, elf, layout, progress, spawned, vectors, debug } = plan;
     let now = || spawned.elapsed().as_nanos() as u64;
     let mut phases = Phases { process: now(), ..Phases::default() };
     let kvm = Kvm::new().map_err(|error| (KvmStep::Open, error.errno()))?;
@@ -94,8 +96,8 @@ fn build(plan: Plan, host: &'static Host) -> Step<(&'static Machine, VcpuFd, Pha
     load(memory, guest, &elf, &layout).map_err(|_| (KvmStep::Memory, libc::EFAULT))?;
     memory.attach(&vm).map_err(|errno| (KvmStep::MemorySlot, errno))?;
     phases.memory = now();
-    let cpu = Cpu::of_host();
-    let vcpu = cpu.create_vcpu(&vm, 0, layout.entry)?;
+    let cpu = Cpu::of_host(vectors);
+    let vcpu = cpu.create_vcpu(&vm, 0, &layout)?;
     let machine = Machine::new(vm, cpu, memory, layout, progress, host, spawned);
     phases.ready = now();
     Ok((Box::leak(Box::new(machine)), vcpu, phases))

@@ -89,7 +89,7 @@ fn index(addr: u64, level: u32) -> u64 {
 mod tests {
     use super::*;
     use crate::elf::{Elf, Segment};
-    use crate::layout::{BOOT_PAGE, DEVICES, HEAP, IMAGE_START, MAX_HEAP, STACKS, stack_top};
+    use crate::layout::{BOOT_PAGE, DEVICES, IMAGE_START, MAX_HEAP, STACK_BYTES};
 
     /// What the processor would find: flags of the last entry, if all levels are present.
     fn walk(memory: &GuestMemory, addr: u64) -> Option<u64> {
@@ -142,7 +142,9 @@ mod tests {
         let layout = Layout::new(&program(), 1, 64 << 20).unwrap();
         let memory = GuestMemory::new(&layout).unwrap();
         build(&memory, &layout).unwrap();
-        for unmapped in [0, TABLES_START, TABLES_END - 1, STACKS, stack_top(0), HEAP - 1, HEAP + layout.heap_len] {
+        let (top, heap) = (layout.stack_top(0), layout.heap);
+        let guards = [top - STACK_BYTES - 1, top, heap - 1, layout.size()];
+        for unmapped in [0, TABLES_START, TABLES_END - 1].into_iter().chain(guards) {
             assert_eq!(walk(&memory, unmapped), None, "{unmapped:#x}");
         }
         assert_eq!(walk(&memory, TASK_STATE).unwrap() & (USER | WRITE), 0);

@@ -157,8 +157,7 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     use super::*;
-    use crate::layout::HEAP;
-    use crate::memory::tests::sample;
+    use crate::memory::tests::{HEAP, sample};
 
     #[test]
     fn scattered_reads_and_writes() {

@@ -89,7 +89,7 @@ impl Sandbox {
         // Two words that live as long as their page: the other process uses them too.
         let progress: &'static Progress = Box::leak(Box::new(Progress::new()?));
         let debug = settings.debug;
-        let plan = Plan { guest, elf, layout, progress, spawned, debug };
+        let plan = Plan { guest, elf, layout, progress, spawned, vectors: settings.vectors, debug };
         let (channel, process) = process::fork(debug, |channel| monitor::run(plan, channel)).map_err(Error::Process)?;
         Ok(Self {
             channel,

@@ -15,7 +15,7 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use crate::cpu::Cpu;
 use crate::error::{KvmStep, Misbehaviour};
-use crate::layout::{BOOT_PAGE, DEVICES, HEAP, LOG, Layout, REQUEST};
+use crate::layout::{BOOT_PAGE, DEVICES, LOG, Layout, REQUEST};
 use crate::memory::GuestMemory;
 use crate::stats::{Counters, Phases, add};
 use crate::virtio::{DeviceTable, Server, offered_words};
@@ -109,7 +109,7 @@ impl Machine {
         page.device_count = devices.len() as u32;
         page.request_addr = REQUEST;
         page.request_len = request.len() as u64;
-        page.heap_addr = HEAP;
+        page.heap_addr = self.layout.heap;
         page.heap_len = self.layout.heap_len;
         page.log_addr = LOG;
         page.log_len = LOG_BYTES as u64;
@@ -222,7 +222,7 @@ impl Machine {
     }
 
     fn run_worker(&'static self, index: u32) {
-        let result = match self.cpu.create_vcpu(&self.vm, index, self.layout.entry) {
+        let result = match self.cpu.create_vcpu(&self.vm, index, &self.layout) {
             Ok(vcpu) => self.run(index, vcpu).map(|_| ()),
             Err((step, errno)) => Err(Box::new(Reason { vcpu: index, ..kvm_failure(step, errno) }.into())),
         };

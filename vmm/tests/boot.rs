@@ -5,7 +5,7 @@ mod common;
 use common::{BOOT, CODE, DATA, Guest, kvm_or_skip, no_mail, settings};
 use instar_guest_protocol::boot::{BootPage, CpuFeatures, DeviceFlags, DeviceInfo, MAGIC, Mailbox};
 use instar_guest_protocol::port;
-use instar_vmm::{Error, Event, Sandbox};
+use instar_vmm::{Error, Event, Sandbox, Settings};
 use std::mem::offset_of;
 use std::os::fd::AsFd;
 use zerocopy::FromBytes;
@@ -42,7 +42,8 @@ fn vector_registers_work_where_the_boot_page_says_so() {
     if !kvm_or_skip() {
         return;
     }
-    let outcome = Guest::new().message(BOOT, size_of::<BootPage>() as u64).exit().run(&[]).unwrap();
+    let settings = Settings { vectors: true, ..settings() };
+    let outcome = Guest::new().message(BOOT, size_of::<BootPage>() as u64).exit().run_with(&settings, &[]).unwrap();
     let page = BootPage::read_from_bytes(&outcome.messages[0]).unwrap();
     if !CpuFeatures::from_bits_retain(page.cpu_features).contains(CpuFeatures::V3) {
         eprintln!("SKIPPED: this host has no AVX2");
@@ -56,7 +57,7 @@ fn vector_registers_work_where_the_boot_page_says_so() {
         .raw(&[0xc5, 0xfe, 0x6f, 0x03, 0xc5, 0xfd, 0xfc, 0xc0, 0xc5, 0xfe, 0x7f, 0x03])
         .message(DATA, 32)
         .exit()
-        .run(&[])
+        .run_with(&settings, &[])
         .unwrap();
     assert_eq!(outcome.messages[0], [14; 32]);
 }

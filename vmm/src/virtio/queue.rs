@@ -164,8 +164,8 @@ fn fields(raw: [u8; 16]) -> (u64, u32, u16, u16) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layout::{BOOT_PAGE, HEAP, IMAGE_START, TABLES_START};
-    use crate::memory::tests::sample;
+    use crate::layout::{BOOT_PAGE, IMAGE_START, TABLES_START};
+    use crate::memory::tests::{HEAP, sample};
 
     const DESC: u64 = HEAP;
     const AVAIL: u64 = HEAP + 0x1000;

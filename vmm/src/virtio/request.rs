@@ -118,8 +118,7 @@ fn joined<'m>(data: &[Descriptor], memory: &'m GuestMemory) -> Result<Buffers<'m
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layout::HEAP;
-    use crate::memory::tests::sample;
+    use crate::memory::tests::{HEAP, sample};
 
     fn part(addr: u64, len: u32, write: bool) -> Descriptor {
         Descriptor { addr: HEAP + addr, len, write }
