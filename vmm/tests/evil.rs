@@ -245,6 +245,9 @@ fn a_queue_is_frozen_at_the_first_kick() {
 /// Index, address, length, flags, next.
 type RawDescriptor = (u64, u64, u32, u16, u16);
 
+/// Name, descriptors, heads, available index, and what it's called.
+type RingCase<'a> = (&'a str, &'a [RawDescriptor], &'a [u16], u16, Misbehaviour);
+
 /// A guest that kicks with these descriptors and heads.
 fn ring(descriptors: &[RawDescriptor], heads: &[u16], index: u16) -> Guest {
     let mut avail = vec![0u16, index];
@@ -263,7 +266,7 @@ fn descriptors_are_not_trusted() {
     let header = (0, HEADERS, 48, 1, 1);
     let status = |i| (i, STATUSES, 16, 2, 0);
     use Misbehaviour as M;
-    let cases: &[(&str, &[RawDescriptor], &[u16], u16, M)] = &[
+    let cases: &[RingCase] = &[
         ("loop of one", &[(0, HEADERS, 48, 1, 0)], &[0], 1, M::DescriptorLoop),
         ("loop of two", &[header, (1, PAYLOAD, 16, 3, 0)], &[0], 1, M::DescriptorLoop),
         ("head out of table", &[], &[128], 1, M::DescriptorIndex),
