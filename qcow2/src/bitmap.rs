@@ -312,3 +312,138 @@ impl<D: BlockRead> Image<D> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use instar_blockio::{FileId, MemBlock};
+
+    use super::*;
+    use crate::open::OpenOptions;
+
+    /// One entry: its table at 0x400 with one word.
+    fn entry(name: &[u8]) -> Vec<u8> {
+        let mut bytes = vec![
+            0, 0, 0, 0, 0, 0, 4, 0, // table_offset
+            0, 0, 0, 1, // table_size
+            0, 0, 0, 2, // flags
+            1, 9, 0, 0, // type, granularity_bits, name_size
+            0, 0, 0, 0, // extra_data_size
+        ];
+        bytes[18..20].copy_from_slice(&(name.len() as u16).to_be_bytes());
+        bytes.extend(name);
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
+        bytes
+    }
+
+    /// An image of `size` bytes with clusters of 512, a bitmap table of `table` and this directory.
+    fn image(size: u64, table: u64, count: u32, directory: &[u8]) -> Result<Image<MemBlock>> {
+        let mut file = vec![0; 0x600];
+        file[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+        file[23] = 9; // cluster_bits
+        file[24..32].copy_from_slice(&size.to_be_bytes());
+        file[36..40].copy_from_slice(&(size.div_ceil(32768) as u32).to_be_bytes()); // l1_size
+        file[59] = 1; // refcount_table_clusters
+        file[95] = 1; // autoclear: bitmaps
+        file[99] = 4; // refcount_order
+        file[103] = 112; // header_length
+        file[112..120].copy_from_slice(&[0x23, 0x85, 0x28, 0x75, 0, 0, 0, 24]);
+        file[120..124].copy_from_slice(&count.to_be_bytes());
+        file[128..136].copy_from_slice(&(directory.len() as u64).to_be_bytes());
+        file[142] = 6; // directory_offset: 0x600
+        file[0x400..0x408].copy_from_slice(&table.to_be_bytes());
+        file.extend(directory);
+        Image::open(MemBlock::from(file), FileId(0), &OpenOptions::default())
+    }
+
+    fn fault(size: u64, table: u64, count: u32, directory: &[u8]) -> DirectoryFault {
+        match image(size, table, count, directory).unwrap_err() {
+            Error::BitmapDirectory(fault) => fault,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn lengths_of_the_directory() {
+        let one = entry(b"b0");
+        assert_eq!(image(4096, 0, 1, &one).unwrap().bitmaps().unwrap()[0].name, b"b0");
+        assert_eq!(fault(4096, 0, 1, &[]), DirectoryFault::Empty);
+        assert_eq!(fault(4096, 0, 2, &one), DirectoryFault::FewerThanSaid);
+        assert_eq!(fault(4096, 0, 1, &[one.clone(), entry(b"b1")].concat()), DirectoryFault::MoreThanSaid);
+        assert_eq!(fault(4096, 0, 1, &one[..31]), DirectoryFault::Broken);
+        assert_eq!(fault(4096, 0, 1, &one[..23]), DirectoryFault::Broken);
+        assert_eq!(fault(4096, 0, 1, &[&one[..], &[0; 8]].concat()), DirectoryFault::Broken);
+    }
+
+    #[test]
+    fn each_field_has_its_fault() {
+        let name = NameAt { offset: 0x618, len: 2 };
+        let cases: &[(usize, &[u8])] = &[
+            (6, &[0]),             // no table
+            (7, &[1]),             // not aligned
+            (11, &[0]),            // no entries
+            (8, &[0, 0x10, 0, 1]), // more than 512 MiB
+            (15, &[4]),            // reserved flag
+            (16, &[2]),            // type
+            (17, &[8]),            // granularity
+            (17, &[32]),
+        ];
+        for &(at, patch) in cases {
+            let mut one = entry(b"b0");
+            one[at..at + patch.len()].copy_from_slice(patch);
+            assert_eq!(fault(4096, 0, 1, &one), DirectoryFault::Constraints(name), "{at}");
+        }
+        let mut extra = entry(b"b0");
+        extra[23] = 8;
+        extra.resize(40, 0);
+        assert_eq!(fault(4096, 0, 1, &extra), DirectoryFault::ExtraData);
+        // A cluster of bits stands for 2 MiB.
+        assert_eq!(fault((2 << 20) + 1, 0, 1, &entry(b"b0")), DirectoryFault::Constraints(name));
+        assert!(image(2 << 20, 0, 1, &entry(b"b0")).is_ok());
+        let long = entry(&[b'n'; 1024]);
+        assert_eq!(fault(4096, 0, 1, &long), DirectoryFault::Constraints(NameAt { len: 1024, ..name }));
+    }
+
+    #[test]
+    fn tables_are_looked_at_unless_in_use() {
+        let name = NameAt { offset: 0x618, len: 2 };
+        for word in [2, 0x201, 0x300, 1 << 56] {
+            assert_eq!(fault(4096, word, 1, &entry(b"b0")), DirectoryFault::Table(name), "{word:#x}");
+            let mut in_use = entry(b"b0");
+            in_use[15] = 1;
+            let image = image(4096, word, 1, &in_use).unwrap();
+            let bitmap = &image.bitmaps().unwrap()[0];
+            assert_eq!(bitmap.flags, BitmapFlags::IN_USE);
+            assert_eq!(image.bitmap_run_at(bitmap, 0), Err(Error::BitmapEntry(word)));
+        }
+        let mut two = entry(b"b0");
+        two[11] = 2;
+        assert_eq!(fault(4096, 0, 1, &two), DirectoryFault::TableSize(name));
+    }
+
+    #[test]
+    fn names_differ() {
+        let directory = [entry(b"a"), entry(b"b"), entry(b"a\0c")].concat();
+        let second = NameAt { offset: 0x600 + 2 * 32 + 24, len: 3 };
+        assert_eq!(fault(4096, 0, 3, &directory), DirectoryFault::Duplicate(second));
+        let bitmaps = image(4096, 0, 2, &directory[..64]).unwrap().bitmaps().unwrap();
+        assert_eq!(bitmaps.iter().map(|b| &b.name[..]).collect::<Vec<_>>(), [b"a", b"b"]);
+    }
+
+    #[test]
+    fn runs() {
+        for (word, kind, byte) in [
+            (0, BitmapRunKind::Zeros, 0),
+            (1, BitmapRunKind::Ones, 0xff),
+            (0x600, BitmapRunKind::Data(HostOffset(0x602)), 4),
+        ] {
+            let image = image(1 << 20, word, 1, &entry(b"b0")).unwrap();
+            let bitmap = &image.bitmaps().unwrap()[0];
+            assert_eq!(bitmap.len, 256);
+            assert_eq!(image.bitmap_run_at(bitmap, 2), Ok(BitmapRun { len: 254, kind }));
+            let mut bytes = [9; 2];
+            image.read_bitmap(bitmap, 6, &mut bytes).unwrap();
+            assert_eq!(bytes[0], byte); // of the directory itself: its table_offset
+            assert!(image.read_bitmap(bitmap, 255, &mut bytes).is_err());
+        }
+    }
+}

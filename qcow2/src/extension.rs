@@ -361,3 +361,127 @@ impl FeatureNames {
         Self::find(&table.unwrap_or_default(), bits)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::HEADER_LEN;
+
+    fn header(encryption: u8, autoclear: u8) -> Header {
+        let mut bytes = [0; HEADER_LEN];
+        bytes[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+        bytes[23] = 16; // cluster_bits
+        bytes[35] = encryption;
+        bytes[59] = 1; // refcount_table_clusters
+        bytes[95] = autoclear;
+        bytes[103] = 112; // header_length
+        Header::parse(&bytes).unwrap()
+    }
+
+    fn parse(area: &[u8]) -> Result<Extensions> {
+        Extensions::parse(&header(0, 1), area)
+    }
+
+    const BITMAPS: [u8; 32] = [
+        0x23, 0x85, 0x28, 0x75, 0, 0, 0, 24, // magic, length
+        0, 0, 0, 2, 0, 0, 0, 0, // nb_bitmaps, reserved
+        0, 0, 0, 0, 0, 0, 0, 64, // directory_size
+        0, 0, 0, 0, 0, 5, 0, 0, // directory_offset
+    ];
+
+    #[test]
+    fn qemus_own_table() {
+        let extensions = Extensions { feature_names: FeatureName::defaults(), ..Extensions::default() };
+        let bytes = extensions.emit();
+        assert_eq!(bytes.len(), 8 + 8 * 48 + 8);
+        assert_eq!(bytes[..8], [0x68, 0x03, 0xf8, 0x57, 0, 0, 1, 0x80]);
+        assert_eq!(bytes[8..20], *b"\0\0dirty bit\0");
+        assert_eq!(bytes[8 + 7 * 48..][..20], *b"\x02\x01raw external data\0");
+        assert_eq!(parse(&bytes), Ok(extensions));
+    }
+
+    #[test]
+    fn each_kind_comes_back() {
+        let all = Extensions {
+            backing_format: Some(b"raw".to_vec()),
+            data_file: Some(b"data.raw".to_vec()),
+            crypto: Some(CryptoHeader { offset: HostOffset(0x5_0000), len: 0x1234 }),
+            feature_names: vec![FeatureName { kind: FeatureKind::Other(9), bit: 63, name: b"x".to_vec() }],
+            bitmaps: Some(BitmapDirectory { offset: HostOffset(0x5_0000), len: 64, count: 2 }),
+            stale_bitmaps: false,
+            unknown: vec![UnknownExtension { magic: 0x1234_5678, data: b"12345".to_vec() }],
+        };
+        assert_eq!(Extensions::parse(&header(2, 1), &all.emit()), Ok(all));
+    }
+
+    #[test]
+    fn names_end_at_the_first_zero() {
+        let area = [&[0xe2, 0x79, 0x2a, 0xca, 0, 0, 0, 4][..], b"ra\0w\0\0\0\0"].concat();
+        assert_eq!(parse(&area).unwrap().backing_format.as_deref(), Some(&b"ra"[..]));
+    }
+
+    #[test]
+    fn areas_that_break_off() {
+        let unknown = |len: u8| [0x12, 0x34, 0x56, 0x78, 0, 0, 0, len];
+        assert_eq!(parse(&[]), Ok(Extensions::default()));
+        assert_eq!(parse(&[0; 4]), Err(Error::ExtensionTooLarge(4)));
+        assert_eq!(parse(&unknown(1)), Err(Error::ExtensionTooLarge(1)));
+        assert_eq!(parse(&unknown(0)).unwrap().unknown.len(), 1);
+        // The padding may be cut off; the end mark's length counts too.
+        assert!(parse(&[&unknown(5)[..], b"12345"].concat()).is_ok());
+        assert_eq!(parse(&[0, 0, 0, 0, 0, 0, 0, 1]), Err(Error::ExtensionTooLarge(1)));
+    }
+
+    #[test]
+    fn windows() {
+        let mut area = vec![0; 100];
+        area[..8].copy_from_slice(&[0x12, 0x34, 0x56, 0x78, 0, 0, 0, 40]);
+        assert!(end_inside(&area[..56], 100)); // extension and end mark
+        assert!(!end_inside(&area[..55], 100));
+        assert!(!end_inside(&area[..40], 100));
+        area[7] = 93;
+        assert!(end_inside(&area[..40], 100)); // wrong, however much is read
+    }
+
+    #[test]
+    fn lengths_and_encryption() {
+        let long = [&[0xe2, 0x79, 0x2a, 0xca, 0, 0, 0, 16][..], &[b'a'; 16]].concat();
+        assert_eq!(parse(&long), Err(Error::BackingFormatTooLong(16)));
+        let mut crypto = [0; 24];
+        crypto[..8].copy_from_slice(&[0x05, 0x37, 0xbe, 0x77, 0, 0, 0, 16]);
+        assert_eq!(parse(&crypto), Err(Error::UnexpectedCryptoHeader));
+        assert_eq!(Extensions::parse(&header(2, 0), &[]), Err(Error::NoCryptoHeader));
+        crypto[15] = 1;
+        assert_eq!(Extensions::parse(&header(2, 0), &crypto), Err(Error::CryptoHeaderOffset(1)));
+        crypto[7] = 8;
+        assert_eq!(Extensions::parse(&header(2, 0), &crypto), Err(Error::CryptoExtensionLength(8)));
+    }
+
+    #[test]
+    fn bitmaps_need_their_bit() {
+        let there = Some(BitmapDirectory { offset: HostOffset(0x5_0000), len: 64, count: 2 });
+        assert_eq!(parse(&BITMAPS).unwrap().bitmaps, there);
+        let stale = Extensions::parse(&header(0, 0), &BITMAPS).unwrap();
+        assert_eq!((stale.bitmaps, stale.stale_bitmaps), (None, true));
+    }
+
+    #[test]
+    fn bitmaps_have_bounds() {
+        let fault = |at: usize, patch: &[u8]| {
+            let mut area = BITMAPS;
+            area[at..at + patch.len()].copy_from_slice(patch);
+            parse(&area).unwrap_err()
+        };
+        let cases = [
+            (fault(7, &[23]), BitmapsFault::Length(23)),
+            (fault(15, &[1]), BitmapsFault::Reserved),
+            (fault(9, &[1]), BitmapsFault::TooMany(65538)),
+            (fault(11, &[0]), BitmapsFault::None),
+            (fault(31, &[1]), BitmapsFault::DirectoryOffset(0x5_0001)),
+            (fault(20, &[4]), BitmapsFault::DirectorySize((64 << 20) + 64)),
+        ];
+        for (error, expected) in cases {
+            assert_eq!(error, Error::BitmapsExtension(expected));
+        }
+    }
+}

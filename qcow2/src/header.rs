@@ -367,3 +367,133 @@ pub(crate) fn check_table(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What `qemu-img create -f qcow2 x 64M` writes.
+    const V3: [u8; HEADER_LEN] = {
+        let mut h = [0; HEADER_LEN];
+        let parts: [(usize, &[u8]); 9] = [
+            (0, b"QFI\xfb\0\0\0\x03"),       // magic, version
+            (20, &[0, 0, 0, 16]),            // cluster_bits
+            (24, &[0, 0, 0, 0, 4, 0, 0, 0]), // size: 64 MiB
+            (36, &[0, 0, 0, 1]),             // l1_size
+            (40, &[0, 0, 0, 0, 0, 3, 0, 0]), // l1_table_offset
+            (48, &[0, 0, 0, 0, 0, 1, 0, 0]), // refcount_table_offset
+            (56, &[0, 0, 0, 1]),             // refcount_table_clusters
+            (96, &[0, 0, 0, 4]),             // refcount_order
+            (100, &[0, 0, 0, 112]),          // header_length
+        ];
+        let mut i = 0;
+        while i < parts.len() {
+            let (at, bytes) = parts[i];
+            let mut k = 0;
+            while k < bytes.len() {
+                h[at + k] = bytes[k];
+                k += 1;
+            }
+            i += 1;
+        }
+        h
+    };
+
+    fn with(patches: &[(usize, &[u8])]) -> Result<Header> {
+        let mut bytes = V3;
+        for &(at, patch) in patches {
+            bytes[at..at + patch.len()].copy_from_slice(patch);
+        }
+        Header::parse(&bytes)
+    }
+
+    #[test]
+    fn version_3() {
+        let header = Header::parse(&V3).unwrap();
+        assert_eq!((header.version, header.virtual_size, header.header_len), (3, 64 << 20, 112));
+        assert_eq!((header.l1_entries, header.l1_offset), (1, HostOffset(0x3_0000)));
+        assert_eq!(header.geometry, Geometry::new(16, false, 4).unwrap());
+        assert_eq!(header.extension_area(), 112..65536);
+        assert_eq!(header.backing_name(), Ok(None));
+        assert_eq!(header.emit(), V3);
+    }
+
+    #[test]
+    fn version_2_has_no_tail() {
+        // What lies behind 72 bytes belongs to the extensions.
+        let header = with(&[(7, &[2]), (72, &[0xff; 40])]).unwrap();
+        assert_eq!((header.version, header.header_len, header.incompatible.bits()), (2, 72, 0));
+        assert_eq!(header.geometry.refcount_bits(), 16);
+        assert_eq!(header.emit().len(), HEADER_LEN_V2);
+        assert_eq!(Header::parse(&header.emit()), Ok(header));
+    }
+
+    #[test]
+    fn short_header_of_version_3() {
+        // The compression type is not part of it.
+        let header = with(&[(103, &[104]), (104, &[9])]).unwrap();
+        assert_eq!((header.compression, header.emit().len()), (CompressionType::Zlib, 104));
+        let longer = with(&[(102, &[2, 0])]).unwrap();
+        assert_eq!((longer.header_len, longer.emit().len()), (512, 112));
+    }
+
+    #[test]
+    fn a_file_that_ends_early_goes_on_as_zeroes() {
+        assert_eq!(Header::parse(b""), Err(Error::NotQcow2));
+        assert_eq!(Header::parse(&V3[..4]), Err(Error::UnsupportedVersion(0)));
+        assert_eq!(Header::parse(&V3[..20]), Err(Error::UnsupportedClusterBits(0)));
+        assert_eq!(Header::parse(&V3[..100]), Err(Error::HeaderTooShort(0)));
+        assert!(Header::parse(&V3[..104]).is_ok());
+    }
+
+    #[test]
+    fn each_field_has_its_fault() {
+        let big = 0x7fff_ffff_ffff_0000u64.to_be_bytes();
+        let cases: &[(&[(usize, &[u8])], Error)] = &[
+            (&[(0, b"X")], Error::NotQcow2),
+            (&[(7, &[9])], Error::UnsupportedVersion(9)),
+            (&[(23, &[8])], Error::UnsupportedClusterBits(8)),
+            (&[(23, &[22])], Error::UnsupportedClusterBits(22)),
+            (&[(103, &[103])], Error::HeaderTooShort(103)),
+            (&[(101, &[1, 0, 8])], Error::HeaderTooLong(0x1_0008)),
+            (&[(13, &[1, 0, 1])], Error::BackingOffset(0x1_0001)),
+            (&[(104, &[2])], Error::UnknownCompression(2)),
+            (&[(104, &[1])], Error::CompressionBitMissing),
+            (&[(79, &[8])], Error::CompressionBitSet),
+            (&[(72, &[0x80]), (79, &[0x20])], Error::UnknownFeatures(0x8000_0000_0000_0020)),
+            (&[(23, &[9]), (79, &[16]), (99, &[7])], Error::SubclusterSize(16)),
+            (&[(99, &[7])], Error::RefcountOrder(7)),
+            (&[(59, &[0]), (35, &[3])], Error::NoRefcountTable),
+            (&[(35, &[3])], Error::EncryptionMethod(3)),
+            (&[(59, &[129])], Error::TableTooLarge(Table::Refcount, 129)),
+            (&[(55, &[1])], Error::TableOffset(Table::Refcount, 0x1_0001)),
+            (&[(48, &big)], Error::TableOffset(Table::Refcount, u64::from_be_bytes(big))),
+            (&[(61, &[1, 0, 1])], Error::TableTooLarge(Table::Snapshots, 65537)),
+            (&[(71, &[8])], Error::TableOffset(Table::Snapshots, 8)),
+            (&[(36, &[0, 0x40, 0, 1])], Error::TableTooLarge(Table::ActiveL1, (4 << 20) + 1)),
+            (&[(46, &[2])], Error::TableOffset(Table::ActiveL1, 0x3_0200)),
+            (&[(24, &[0x40])], Error::ImageTooBig(0x4000_0000_0400_0000)),
+            (&[(28, &[0x20, 0, 0, 1])], Error::L1TooSmall(1)),
+        ];
+        for (patches, error) in cases {
+            assert_eq!(with(patches), Err(*error), "{patches:?}");
+        }
+        // Just inside: an empty table may lie anywhere, 2^31 - 1 L1 entries are not asked for.
+        assert!(with(&[(64, &big)]).is_ok());
+        assert!(with(&[(59, &[128])]).is_ok());
+        assert!(with(&[(28, &[0x20, 0, 0, 0])]).is_ok());
+        assert!(with(&[(88, &[0xff; 8]), (80, &[0xff; 8])]).is_ok());
+    }
+
+    #[test]
+    fn backing_name_lies_in_the_first_cluster() {
+        let name = |offset: u16, len: u16| {
+            with(&[(14, &offset.to_be_bytes()), (18, &len.to_be_bytes())]).unwrap().backing_name()
+        };
+        assert_eq!(name(0xff00, 256), Ok(Some(0xff00..0x1_0000)));
+        assert_eq!(name(0xff00, 257), Err(Error::BackingNameTooLong(257)));
+        assert_eq!(name(0x8000, 1024), Err(Error::BackingNameTooLong(1024)));
+        assert_eq!(name(0x8000, 0), Ok(Some(0x8000..0x8000)));
+        assert_eq!(name(0, 9), Ok(None));
+    }
+}

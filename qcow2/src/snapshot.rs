@@ -200,3 +200,110 @@ impl<D: BlockRead> Image<D> {
         Ok(named)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use instar_blockio::{FileId, MemBlock};
+
+    use super::*;
+    use crate::open::OpenOptions;
+
+    /// An entry with this extra data, id and name.
+    fn entry(extra: &[u8], id: &[u8], name: &[u8]) -> Vec<u8> {
+        let mut bytes = vec![
+            0, 0, 0, 0, 0, 0, 2, 0, // l1_table_offset
+            0, 0, 0, 1, // l1_size
+            0, 0, 0, 0, // id_str_size, name_size
+            0, 0, 0, 7, 0, 0, 0, 8, // date_sec, date_nsec
+            0, 0, 0, 0, 0, 0, 0, 9, // vm_clock_nsec
+            0, 0, 0, 5, // vm_state_size
+            0, 0, 0, 0, // extra_data_size
+        ];
+        bytes[12..14].copy_from_slice(&(id.len() as u16).to_be_bytes());
+        bytes[14..16].copy_from_slice(&(name.len() as u16).to_be_bytes());
+        bytes[36..40].copy_from_slice(&(extra.len() as u32).to_be_bytes());
+        bytes.extend([extra, id, name].concat());
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
+        bytes
+    }
+
+    /// An image of 512 bytes with these entries.
+    fn image(entries: &[Vec<u8>]) -> Result<Image<MemBlock>> {
+        let mut file = vec![0; 1024];
+        file[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+        file[23] = 9; // cluster_bits
+        file[30..32].copy_from_slice(&[2, 0]); // size
+        file[39] = 1; // l1_size
+        file[46] = 2; // l1_table_offset
+        file[59] = 1; // refcount_table_clusters
+        file[60..64].copy_from_slice(&(entries.len() as u32).to_be_bytes());
+        file[70] = 4; // snapshots_offset
+        file[99] = 4; // refcount_order
+        file[103] = 112; // header_length
+        file.extend(entries.concat());
+        Image::open(MemBlock::from(file), FileId(0), &OpenOptions::default())
+    }
+
+    fn words(words: &[u64]) -> Vec<u8> {
+        words.iter().flat_map(|word| word.to_be_bytes()).collect()
+    }
+
+    #[test]
+    fn extra_data_as_far_as_it_goes() {
+        let extra = words(&[1 << 40, 1024, 77, 0]);
+        let entries: Vec<_> = [0, 8, 12, 16, 24, 32].map(|len| entry(&extra[..len], b"1", b"a")).to_vec();
+        let all = image(&entries).unwrap().snapshots().unwrap();
+        let seen: Vec<_> = all.iter().map(|s| (s.vm_state_size, s.virtual_size, s.icount)).collect();
+        let long = 1 << 40;
+        let expected = [
+            (5, 512, None),
+            (long, 512, None),
+            (long, 512, None),
+            (long, 1024, None),
+            (long, 1024, Some(77)),
+            (long, 1024, Some(77)),
+        ];
+        assert_eq!(seen, expected);
+        assert_eq!((all[0].date_sec, all[0].date_nsec, all[0].vm_clock_nsec), (7, 8, 9));
+        let none = image(&[entry(&words(&[0, 0, u64::MAX]), b"1", b"a")]).unwrap().snapshots().unwrap();
+        assert_eq!(none[0].icount, None);
+    }
+
+    #[test]
+    fn too_much_extra_data() {
+        let most = entry(&[0; 1024], b"1", b"a");
+        assert_eq!(image(&[most.clone()]).unwrap().snapshots().unwrap().len(), 1);
+        assert_eq!(image(&[most, entry(&[0; 1025], b"2", b"b")]).unwrap_err(), Error::SnapshotExtraData(1));
+    }
+
+    #[test]
+    fn too_long_a_table() {
+        let name = vec![b'n'; 65000];
+        let entries = vec![entry(&[0; 24], &name, &name); 600];
+        // 130064 bytes each: entry 515 ends behind 64 MiB.
+        assert_eq!(image(&entries).unwrap_err(), Error::SnapshotTableTooBig(85));
+    }
+
+    #[test]
+    fn selectors() {
+        let mut image = image(&[entry(&[], b"1", b"2"), entry(&[], b"2", b"b\0x"), entry(&[], b"3", b"b")]).unwrap();
+        let found = |selector| image.find_snapshot(selector).unwrap().map(|s| s.id[0] - b'0');
+        let exact = |id, name| SnapshotSelector::Exact { id, name };
+        assert_eq!(found(SnapshotSelector::IdOrName(b"2")), Some(2)); // the id goes before the name
+        assert_eq!(found(SnapshotSelector::IdOrName(b"b")), Some(2)); // the first of that name
+        assert_eq!(found(SnapshotSelector::IdOrName(b"4")), None);
+        assert_eq!(found(exact(None, Some(b"2"))), Some(1));
+        assert_eq!(found(exact(Some(b"3"), Some(b"b"))), Some(3));
+        assert_eq!(found(exact(Some(b"1"), Some(b"b"))), None);
+        assert_eq!(image.select_snapshot(SnapshotSelector::IdOrName(b"4")), Err(Error::SnapshotNotFound));
+    }
+
+    #[test]
+    fn the_snapshots_own_table_is_checked() {
+        let mut bad = entry(&[], b"1", b"a");
+        bad[7] = 1;
+        let mut image = image(&[bad]).unwrap();
+        let error = image.select_snapshot(SnapshotSelector::IdOrName(b"1")).unwrap_err();
+        assert_eq!(error, Error::TableOffset(Table::SnapshotL1, 0x201));
+    }
+}
