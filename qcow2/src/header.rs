@@ -195,6 +195,9 @@ impl Header {
         let limit = entry * u64::from(MAX_SNAPSHOTS);
         check_table(geometry, Table::Snapshots, self.snapshots_offset, self.snapshot_count, entry, limit)?;
         check_table(geometry, Table::ActiveL1, self.l1_offset, self.l1_entries, 8, MAX_L1_BYTES)?;
+        if self.virtual_size > u64::MAX - (geometry.l2_span() - 1) {
+            return Err(Error::SizeOverflow(self.virtual_size));
+        }
         let needed = geometry.l1_entries(self.virtual_size);
         if needed > i32::MAX as u64 {
             return Err(Error::ImageTooBig(self.virtual_size));
@@ -473,6 +476,7 @@ mod tests {
             (&[(36, &[0, 0x40, 0, 1])], Error::TableTooLarge(Table::ActiveL1, (4 << 20) + 1)),
             (&[(46, &[2])], Error::TableOffset(Table::ActiveL1, 0x3_0200)),
             (&[(24, &[0x40])], Error::ImageTooBig(0x4000_0000_0400_0000)),
+            (&[(24, &[0xff; 8])], Error::SizeOverflow(u64::MAX)),
             (&[(28, &[0x20, 0, 0, 1])], Error::L1TooSmall(1)),
         ];
         for (patches, error) in cases {

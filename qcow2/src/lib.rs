@@ -1,18 +1,21 @@
 //! QEMU's qcow2 disk images, versions 2 and 3, without an operating system.
 //!
-//! An [`Image`] reads: it says what an image is, and where the bytes of its disk lie. It follows QEMU's
-//! `docs/interop/qcow2.rst`, and refuses what QEMU refuses.
+//! An [`Image`] reads: it says what an image is, and where the bytes of its disk lie. A [`Writer`] makes and changes
+//! images. Both follow QEMU's `docs/interop/qcow2.rst`, and refuse what QEMU refuses.
 //!
 //! ```text
-//! file ──► Image ──► BlockMap    where each run of the disk lies, without reading it
-//!            │  └──► BlockRead   the disk's bytes (unallocated ones as zero: join layers by an overlay)
-//!            └─────► header, extensions, snapshots, bitmaps
+//! file ──► Image::open ──► BlockMap    where each run of the disk lies, without reading it
+//!            │        └──► BlockRead   the disk's bytes (unallocated ones as zero: join layers by an overlay)
+//!            └───────────► header, extensions, snapshots, bitmaps
+//!
+//! empty file ──► create ───────┬──► BlockWrite, BlockAlloc ──► Writer::finish
+//! image      ──► Writer::open ─┘
 //! ```
 //!
 //! # Supported
 //! Versions 2 and 3, clusters of 512 bytes to 2 MiB, refcounts of 1 to 64 bits, standard and extended L2 entries
 //! (subclusters), clusters compressed by zlib and zstd, external data files, names of backing files, internal
-//! snapshots, persistent dirty bitmaps, feature name tables.
+//! snapshots (reading), persistent dirty bitmaps, feature name tables.
 //!
 //! # Not supported
 //! Encrypted images are described ([`Image::encryption`]) but not decrypted: reading one is an error. No other file
@@ -22,8 +25,38 @@
 //! No byte of an image makes this crate panic, and none sizes an allocation that is not bounded first: metadata is
 //! read through a cache of [`OpenOptions::cache_bytes`]; snapshots and bitmaps have the bounds told at
 //! [`Image::snapshots`] and [`Image::bitmaps`].
+//!
+//! # Example
+//! ```
+//! use instar_blockio::{BlockMapExt, BlockRead, BlockWrite, ExtentKind, FileId, MemBlock};
+//! use instar_qcow2::{CreateOptions, Image, OpenOptions, create};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! // Any block device will do: `instar_blockio::file::HostFile`, or a disk in memory.
+//! let mut file = MemBlock::default();
+//! let options = CreateOptions { size: 1 << 30, ..CreateOptions::default() };
+//! let mut writer = create(&mut file, FileId(0), None, &options)?;
+//! writer.write_at(1 << 20, b"hello")?;
+//! writer.finish()?;
+//!
+//! let image = Image::open(&file, FileId(0), &OpenOptions::default())?;
+//! assert_eq!((image.virtual_size(), image.cluster_size()), (1 << 30, 65536));
+//! let mut word = [0; 5];
+//! image.read_at(1 << 20, &mut word)?;
+//! assert_eq!(&word, b"hello");
+//!
+//! // Where the data lie, without reading them: one cluster.
+//! let data = image.extents(0..image.size()).filter(|e| matches!(e, Ok(e) if matches!(e.kind, ExtentKind::Data { .. })));
+//! assert_eq!(data.count(), 1);
+//! # Ok(())
+//! # }
+//! ```
 #![no_std]
 #![forbid(unsafe_code)]
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
 
 extern crate alloc;
 #[cfg(test)]

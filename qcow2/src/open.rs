@@ -95,9 +95,6 @@ impl<D: BlockRead> Image<D> {
         if let Some(directory) = &extensions.bitmaps {
             bitmap::check(&pages, &header, directory)?;
         }
-        if header.virtual_size > u64::MAX - header.geometry.l2_span() {
-            return Err(Error::SizeOverflow(header.virtual_size));
-        }
         Ok(Self {
             pages,
             id,

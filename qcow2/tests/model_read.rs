@@ -160,3 +160,9 @@ fn an_empty_exbibyte_is_one_short_walk() {
     assert_eq!(extents.len(), 1);
     assert_eq!((extents[0].len, extents[0].kind), (1 << 61, ExtentKind::Unallocated));
 }
+
+#[test]
+fn an_image_can_move_to_another_thread() {
+    fn layer<T: instar_blockio::Layer>() {}
+    layer::<Image<MemBlock>>();
+}
