@@ -434,7 +434,7 @@ mod tests {
 
     #[test]
     fn windows() {
-        let mut area = vec![0; 100];
+        let mut area = [0; 100];
         area[..8].copy_from_slice(&[0x12, 0x34, 0x56, 0x78, 0, 0, 0, 40]);
         assert!(end_inside(&area[..56], 100)); // extension and end mark
         assert!(!end_inside(&area[..55], 100));

@@ -451,8 +451,9 @@ mod tests {
 
     #[test]
     fn each_field_has_its_fault() {
-        let big = 0x7fff_ffff_ffff_0000u64.to_be_bytes();
-        let cases: &[(&[(usize, &[u8])], Error)] = &[
+        const BIG: [u8; 8] = 0x7fff_ffff_ffff_0000u64.to_be_bytes();
+        type Patches = &'static [(usize, &'static [u8])];
+        let cases: [(Patches, Error); 25] = [
             (&[(0, b"X")], Error::NotQcow2),
             (&[(7, &[9])], Error::UnsupportedVersion(9)),
             (&[(23, &[8])], Error::UnsupportedClusterBits(8)),
@@ -470,7 +471,7 @@ mod tests {
             (&[(35, &[3])], Error::EncryptionMethod(3)),
             (&[(59, &[129])], Error::TableTooLarge(Table::Refcount, 129)),
             (&[(55, &[1])], Error::TableOffset(Table::Refcount, 0x1_0001)),
-            (&[(48, &big)], Error::TableOffset(Table::Refcount, u64::from_be_bytes(big))),
+            (&[(48, &BIG)], Error::TableOffset(Table::Refcount, u64::from_be_bytes(BIG))),
             (&[(61, &[1, 0, 1])], Error::TableTooLarge(Table::Snapshots, 65537)),
             (&[(71, &[8])], Error::TableOffset(Table::Snapshots, 8)),
             (&[(36, &[0, 0x40, 0, 1])], Error::TableTooLarge(Table::ActiveL1, (4 << 20) + 1)),
@@ -480,10 +481,10 @@ mod tests {
             (&[(28, &[0x20, 0, 0, 1])], Error::L1TooSmall(1)),
         ];
         for (patches, error) in cases {
-            assert_eq!(with(patches), Err(*error), "{patches:?}");
+            assert_eq!(with(patches), Err(error), "{patches:?}");
         }
         // Just inside: an empty table may lie anywhere, 2^31 - 1 L1 entries are not asked for.
-        assert!(with(&[(64, &big)]).is_ok());
+        assert!(with(&[(64, &BIG)]).is_ok());
         assert!(with(&[(59, &[128])]).is_ok());
         assert!(with(&[(28, &[0x20, 0, 0, 0])]).is_ok());
         assert!(with(&[(88, &[0xff; 8]), (80, &[0xff; 8])]).is_ok());

@@ -272,7 +272,7 @@ mod tests {
     #[test]
     fn too_much_extra_data() {
         let most = entry(&[0; 1024], b"1", b"a");
-        assert_eq!(image(&[most.clone()]).unwrap().snapshots().unwrap().len(), 1);
+        assert_eq!(image(std::slice::from_ref(&most)).unwrap().snapshots().unwrap().len(), 1);
         assert_eq!(image(&[most, entry(&[0; 1025], b"2", b"b")]).unwrap_err(), Error::SnapshotExtraData(1));
     }
 
