@@ -542,7 +542,7 @@ pub enum Field {
     CompressionType = 16,
     /// Extended L2 entries with clusters that are too small.
     ExtendedL2ClusterSize = 17,
-    /// Bitmap directory.
+    /// Bitmap directory: `value2` = [`BitmapFault`], `text` = name of the bitmap concerned.
     BitmapDirectory = 18,
     /// Encryption header.
     EncryptionHeader = 19,
@@ -582,6 +582,32 @@ pub enum Field {
     BitmapsSize = 36,
     /// The external data file is said to be raw, but there is none.
     RawFlagWithoutDataFile = 37,
+}
+
+/// What is wrong with a bitmap directory ([`Field::BitmapDirectory`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum BitmapFault {
+    /// Not said.
+    Unspecified = 0,
+    /// The directory has no bytes.
+    Empty = 1,
+    /// An entry reaches behind its end.
+    Broken = 2,
+    /// More bitmaps than the header extension says.
+    MoreThanSaid = 3,
+    /// Fewer bitmaps than the header extension says.
+    FewerThanSaid = 4,
+    /// A bitmap has extra data.
+    ExtraData = 5,
+    /// The bitmap's fields contradict the specification or the disk.
+    Constraints = 6,
+    /// Two bitmaps have this name.
+    Duplicate = 7,
+    /// An entry of the bitmap's table can't be.
+    Table = 8,
+    /// The bitmap's table has not as many entries as the disk needs.
+    TableSize = 9,
 }
 
 /// Reasons of [`Cause::InvalidOptions`].
