@@ -16,7 +16,7 @@ use object::read::elf::{ElfFile64, FileHeader, ProgramHeader};
 use object::{LittleEndian, Object, ObjectSymbol, SymbolKind};
 
 /// The programs: names of the binaries behind `instar-guest-`.
-const PROGRAMS: [&str; 1] = ["selftest"];
+const PROGRAMS: [&str; 4] = ["info", "convert", "create", "selftest"];
 
 /// Profile `guest`, for a build outside of the workspace, where the manifest with the profiles is not seen.
 const PROFILE: [&str; 7] = [

@@ -17,15 +17,18 @@ extern crate alloc;
 #[cfg(any(feature = "std", test))]
 extern crate std;
 
+pub mod chain;
 pub mod detect;
 pub mod files;
 #[cfg(any(feature = "std", test))]
 pub mod host;
+pub mod image;
 pub mod lock;
 #[cfg(all(test, not(feature = "freestanding")))]
 #[allow(unsafe_code)]
 #[path = "rt/mem.rs"]
 mod mem;
+pub mod ops;
 pub mod platform;
 #[cfg(feature = "freestanding")]
 pub mod rt;

@@ -1,0 +1,65 @@
+//! Persistent dirty bitmaps, copied from the source's top image to a fresh qcow2 target.
+
+use alloc::vec::Vec;
+
+use instar_blockio::{Error, ErrorKind, FileId};
+use instar_guest_protocol::message::{Cause, ConvertRequest, Failure, Step};
+use instar_qcow2::{BitmapFlags, BitmapInfo, Writer};
+
+use crate::image::{Image, open_image};
+use crate::ops::create::TargetDisk;
+use crate::ops::failure::{about, qcow2_failure};
+use crate::platform::{File, Platform};
+
+/// The bitmaps to copy, and the image that has them.
+pub(super) struct SourceBitmaps<P: Platform> {
+    id: FileId,
+    image: instar_qcow2::Image<File<P>>,
+    bitmaps: Vec<BitmapInfo>,
+}
+
+/// Finds the bitmaps of the first source, if they are to be copied.
+///
+/// # Errors
+/// A source without bitmap support; an inconsistent bitmap that is not to be left out.
+pub(super) fn find<P: Platform>(platform: &P, request: &ConvertRequest) -> Result<Option<SourceBitmaps<P>>, Failure> {
+    let Some(source) = request.sources.first().filter(|_| request.bitmaps) else { return Ok(None) };
+    let id = FileId(source.device);
+    let Image::Qcow2(image) = open_image(platform, source.device, source.format())? else {
+        return Err(about(Step::Bitmaps, id, Cause::BitmapsUnsupported));
+    };
+    let mut bitmaps = image.bitmaps().map_err(|error| qcow2_failure(Step::Bitmaps, id, error))?;
+    let broken = |bitmap: &BitmapInfo| bitmap.flags.contains(BitmapFlags::IN_USE);
+    if request.skip_broken_bitmaps {
+        bitmaps.retain(|bitmap| !broken(bitmap));
+    } else if let Some(bitmap) = bitmaps.iter().find(|bitmap| broken(bitmap)) {
+        return Err(Failure { text: bitmap.name.clone(), ..about(Step::Bitmaps, id, Cause::BitmapInconsistent) });
+    }
+    Ok(Some(SourceBitmaps { id, image: *image, bitmaps }))
+}
+
+impl<P: Platform> SourceBitmaps<P> {
+    /// Adds each bitmap to the target.
+    ///
+    /// # Errors
+    /// What reading or writing them reports.
+    pub fn copy(&self, writer: &mut Writer<TargetDisk<P>>) -> Result<(), Failure> {
+        self.bitmaps.iter().try_for_each(|bitmap| {
+            let auto = bitmap.flags.contains(BitmapFlags::AUTO);
+            writer
+                .add_bitmap(&bitmap.name, bitmap.granularity_bits, auto, |offset, buf| self.bits(bitmap, offset, buf))
+                .map_err(|error| qcow2_failure(Step::Bitmaps, self.id, error))
+        })
+    }
+
+    /// Reads bits; those that the source's bitmap does not reach (the target is longer) are clear.
+    fn bits(&self, bitmap: &BitmapInfo, offset: u64, buf: &mut [u8]) -> Result<(), Error> {
+        let present = bitmap.len.saturating_sub(offset).min(buf.len() as u64) as usize;
+        let (head, tail) = buf.split_at_mut(present);
+        tail.fill(0);
+        match head.is_empty() {
+            true => Ok(()),
+            false => self.image.read_bitmap(bitmap, offset, head).map_err(|_| ErrorKind::Corrupt.into()),
+        }
+    }
+}

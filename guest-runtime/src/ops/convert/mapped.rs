@@ -1,0 +1,341 @@
+//! Into an image with an allocation table: chunks are read and transformed in any order, places are given out in the
+//! order of the disk, so that the same input always gives the same image.
+
+use alloc::collections::BTreeMap;
+use alloc::vec::Vec;
+
+use super::Sparse;
+use super::fill::{Batch, Fault, Outcome, Scratch, fill};
+use super::plan::Chunk;
+use super::raw::spans;
+use crate::lock::Lock;
+use crate::ops::create::TargetDisk;
+use crate::platform::{Io, Platform};
+use instar_blockio::{
+    BlockAlloc, BlockRead, BlockWrite, Codec, ErrorKind, Extent, ExtentKind, FileId, Layer, Reservation, ZeroMode,
+    data_runs, is_zero,
+};
+use instar_codec::Encoder;
+use instar_qcow2::Writer;
+
+/// The image that is written, and how.
+pub(super) struct MappedTarget<P: Platform> {
+    /// Its main file.
+    pub id: FileId,
+    pub writer: Lock<Writer<TargetDisk<P>>>,
+    /// What reads through where the source writes nothing into a unit: the recorded backing image.
+    pub backing: Option<Lock<alloc::boxed::Box<dyn Layer>>>,
+    /// The image exists already: what is around the written bytes stays.
+    pub existing: bool,
+    /// Areas that nobody writes read as zero.
+    pub zero_init: bool,
+    /// Pieces are whole units of this many bytes; 1: any run.
+    pub unit: u64,
+    /// Units are stored compressed by this codec.
+    pub compress: Option<Codec>,
+    /// Finished chunks that wait for their turn.
+    pub order: Lock<Order>,
+}
+
+/// The order in which places are given out.
+#[derive(Default)]
+pub(super) struct Order {
+    turn: u64,
+    waiting: BTreeMap<u64, Finished>,
+}
+
+impl Order {
+    /// Sequence number of the chunk whose turn it is.
+    pub fn turn(&self) -> u64 {
+        self.turn
+    }
+}
+
+/// A chunk that is ready to be written.
+pub(super) struct Finished {
+    pub bytes: Vec<u8>,
+    pub pieces: Vec<Piece>,
+}
+
+/// A part of the disk that is written in one way.
+pub(super) struct Piece {
+    offset: u64,
+    len: u64,
+    kind: PieceKind,
+}
+
+enum PieceKind {
+    /// Plain bytes at this place of the buffer.
+    Data { at: usize },
+    /// A stream of `stored_len` bytes at this place of the buffer.
+    Compressed { at: usize, stored_len: u32 },
+    /// Nothing but zeroes.
+    Zeroes,
+}
+
+impl<P: Platform> MappedTarget<P> {
+    /// Reads a chunk. Nothing needs reading where all of it is zero.
+    pub fn read(
+        &self,
+        platform: &P,
+        chunk: &Chunk,
+        sparse: &Sparse,
+        bytes: &mut Vec<u8>,
+        scratch: &mut Scratch,
+    ) -> Outcome<()> {
+        if says_zero(chunk, sparse) {
+            return Ok(());
+        }
+        bytes.resize(chunk.len as usize, 0);
+        let wanted = |extent: &Extent| self.whole_pieces(sparse) || holds_data(extent);
+        self.with_backing(|under| fill(platform, chunk, bytes, scratch, under, wanted, Batch::default()))
+    }
+
+    /// Calls `f` with what answers for the areas that the source does not allocate.
+    pub fn with_backing<R>(&self, f: impl FnOnce(Option<&dyn BlockRead>) -> R) -> R {
+        let backing = self.backing.as_ref().map(|backing| backing.lock());
+        f(backing.as_ref().map(|layer| &***layer as &dyn BlockRead))
+    }
+
+    /// Cuts the bytes of a chunk into pieces, compressed where asked for.
+    pub fn transform(
+        &self,
+        chunk: &Chunk,
+        sparse: &Sparse,
+        mut bytes: Vec<u8>,
+        encoder: Option<&mut Encoder>,
+    ) -> Outcome<Finished> {
+        if says_zero(chunk, sparse) {
+            let pieces = alloc::vec![Piece { offset: chunk.offset, len: chunk.len, kind: PieceKind::Zeroes }];
+            return Ok(Finished { bytes, pieces });
+        }
+        if let Some(encoder) = encoder {
+            return self.compress_units(chunk, sparse, bytes, encoder);
+        }
+        let pieces = match self.whole_pieces(sparse) {
+            true => self.whole_units(chunk, sparse, &mut bytes)?,
+            false => runs(chunk, sparse, &bytes),
+        };
+        Ok(Finished { bytes, pieces })
+    }
+
+    /// Every byte of a chunk is written or said to be zero, not only the runs of data.
+    fn whole_pieces(&self, sparse: &Sparse) -> bool {
+        self.unit > 1 || sparse.allocate_all()
+    }
+
+    /// Whole units: data, or zeroes that must be said.
+    fn whole_units(&self, chunk: &Chunk, sparse: &Sparse, bytes: &mut Vec<u8>) -> Outcome<Vec<Piece>> {
+        self.complete_last_unit(chunk, bytes)?;
+        let unit = self.unit.max(sparse.alignment().into()) as usize;
+        let mut pieces: Vec<Piece> = Vec::new();
+        let mut at = 0;
+        while at < bytes.len() {
+            let len = unit.min(bytes.len() - at);
+            let offset = chunk.offset + at as u64;
+            if self.touches(chunk, offset, len as u64) {
+                let zero = !sparse.allocate_all() && is_zero(&bytes[at..at + len]);
+                let kind = if zero { PieceKind::Zeroes } else { PieceKind::Data { at } };
+                push_joined(&mut pieces, Piece { offset, len: len as u64, kind });
+            }
+            at += len;
+        }
+        Ok(pieces)
+    }
+
+    /// Extends the last unit by what the image holds behind the end of the source.
+    fn complete_last_unit(&self, chunk: &Chunk, bytes: &mut Vec<u8>) -> Outcome<()> {
+        let end = chunk.offset + chunk.len;
+        let writer = self.writer.lock();
+        let whole = end.checked_next_multiple_of(self.unit).unwrap_or(end).min(writer.size());
+        if !self.existing || whole <= end {
+            return Ok(());
+        }
+        let start = bytes.len();
+        bytes.resize(start + (whole - end) as usize, 0);
+        writer.read_at(end, &mut bytes[start..]).map_err(Fault::read(end))
+    }
+
+    /// Does the source say anything of this unit (or does the backing image answer for all of it)?
+    fn touches(&self, chunk: &Chunk, offset: u64, len: u64) -> bool {
+        self.backing.is_none()
+            || chunk
+                .extents
+                .iter()
+                .any(|extent| extent.clip(offset, len).is_some_and(|part| part.kind != ExtentKind::Unallocated))
+    }
+
+    /// Compresses unit by unit; what does not shrink stays plain.
+    fn compress_units(
+        &self,
+        chunk: &Chunk,
+        sparse: &Sparse,
+        mut plain: Vec<u8>,
+        encoder: &mut Encoder,
+    ) -> Outcome<Finished> {
+        self.complete_last_unit(chunk, &mut plain)?;
+        let disk_len = plain.len();
+        let unit = self.unit as usize;
+        // A last unit that the disk cuts short is compressed as if it were whole.
+        plain.resize(plain.len().next_multiple_of(unit), 0);
+        let mut bytes = Vec::with_capacity(plain.len());
+        let mut pieces = Vec::new();
+        for (index, input) in plain.chunks_exact(unit).enumerate() {
+            let start = index * unit;
+            let offset = chunk.offset + start as u64;
+            let len = unit.min(disk_len - start) as u64;
+            if !self.touches(chunk, offset, len) {
+                continue;
+            }
+            let at = bytes.len();
+            if !sparse.allocate_all() && is_zero(input) {
+                if !self.zero_init {
+                    push_joined(&mut pieces, Piece { offset, len, kind: PieceKind::Zeroes });
+                }
+                continue;
+            }
+            let encoded = encoder.encode(input, &mut bytes);
+            let kind = match encoded.map_err(|_| Fault::write(offset)(ErrorKind::OutOfMemory.into()))? {
+                Some(stored) => PieceKind::Compressed { at, stored_len: stored as u32 },
+                None => {
+                    bytes.truncate(at);
+                    bytes.extend_from_slice(&input[..len as usize]);
+                    PieceKind::Data { at }
+                }
+            };
+            pieces.push(Piece { offset, len, kind });
+        }
+        Ok(Finished { bytes, pieces })
+    }
+
+    /// Hands in a finished chunk and writes every chunk whose turn has come. Gives the buffers back.
+    pub fn finish(&self, platform: &P, seq: u64, finished: Finished) -> Outcome<Vec<Vec<u8>>> {
+        let mut ready = Vec::new();
+        {
+            let mut order = self.order.lock();
+            order.waiting.insert(seq, finished);
+            while let Some(next) = {
+                let turn = order.turn;
+                order.waiting.remove(&turn)
+            } {
+                let places = self.assign(&next.pieces)?;
+                order.turn += 1;
+                ready.push((next, places));
+            }
+        }
+        if ready.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut writes = Batch::default();
+        for (finished, places) in &ready {
+            push_writes(finished, places, &mut writes);
+        }
+        writes.submit(platform)?;
+        let mut writer = self.writer.lock();
+        let mut buffers = Vec::with_capacity(ready.len());
+        for (finished, places) in ready {
+            for place in places {
+                let at = place.reservation.offset;
+                writer.commit(place.reservation).map_err(Fault::write(at))?;
+            }
+            buffers.push(finished.bytes);
+        }
+        Ok(buffers)
+    }
+
+    /// Finds the place of each piece, in order.
+    fn assign(&self, pieces: &[Piece]) -> Outcome<Vec<Place>> {
+        let mut writer = self.writer.lock();
+        let mut places = Vec::with_capacity(pieces.len());
+        for piece in pieces {
+            let located = Fault::write(piece.offset);
+            match piece.kind {
+                PieceKind::Zeroes => {
+                    writer.write_zeroes(piece.offset, piece.len, ZeroMode::Unmap).map_err(&located)?;
+                }
+                PieceKind::Compressed { at, stored_len } => {
+                    let reservation = writer.reserve_compressed(piece.offset, stored_len).map_err(&located)?;
+                    places.push(Place { at, reservation });
+                }
+                PieceKind::Data { mut at } => {
+                    let mut offset = piece.offset;
+                    let end = piece.offset + piece.len;
+                    while offset < end {
+                        let reservation = writer.reserve(offset, end - offset).map_err(&located)?;
+                        offset += reservation.len;
+                        let next = at + reservation.len as usize;
+                        places.push(Place { at, reservation });
+                        at = next;
+                    }
+                }
+            }
+        }
+        Ok(places)
+    }
+}
+
+/// Where a piece of the buffer goes.
+struct Place {
+    at: usize,
+    reservation: Reservation,
+}
+
+/// The chunk is one run of zeroes that the target must be told of.
+fn says_zero(chunk: &Chunk, sparse: &Sparse) -> bool {
+    chunk.is_zero() && !sparse.allocate_all()
+}
+
+fn holds_data(extent: &Extent) -> bool {
+    !matches!(extent.kind, ExtentKind::Zero { .. } | ExtentKind::Unallocated)
+}
+
+/// Runs of data inside what the source allocates.
+fn runs(chunk: &Chunk, sparse: &Sparse, bytes: &[u8]) -> Vec<Piece> {
+    let mut pieces = Vec::new();
+    for (offset, len) in spans(&chunk.extents, holds_data) {
+        let start = (offset - chunk.offset) as usize;
+        let span = &bytes[start..start + len as usize];
+        for run in data_runs(span, offset, sparse.alignment(), sparse.min_zero()) {
+            let kind = PieceKind::Data { at: start + run.start };
+            pieces.push(Piece { offset: offset + run.start as u64, len: run.len() as u64, kind });
+        }
+    }
+    pieces
+}
+
+/// Appends a piece, joined with the one before where both are of one kind.
+fn push_joined(pieces: &mut Vec<Piece>, piece: Piece) {
+    if let Some(last) = pieces.last_mut()
+        && last.offset + last.len == piece.offset
+    {
+        match (&last.kind, &piece.kind) {
+            (PieceKind::Zeroes, PieceKind::Zeroes) => return last.len += piece.len,
+            (PieceKind::Data { at: a }, PieceKind::Data { at: b }) if a + last.len as usize == *b => {
+                return last.len += piece.len;
+            }
+            _ => {}
+        }
+    }
+    pieces.push(piece);
+}
+
+/// One write for each stretch that is contiguous both in the buffer and in the file.
+fn push_writes<'b>(finished: &'b Finished, places: &[Place], writes: &mut Batch<'b>) {
+    let mut index = 0;
+    while let Some(first) = places.get(index) {
+        let (start, host, file) = (first.at, first.reservation.host, first.reservation.file);
+        let mut len = first.reservation.stored_len;
+        index += 1;
+        while let Some(next) = places.get(index)
+            && next.reservation.file == file
+            && next.reservation.host == host + len
+            && next.at == start + len as usize
+        {
+            len += next.reservation.stored_len;
+            index += 1;
+        }
+        let disk_offset = first.reservation.offset;
+        let buf = &finished.bytes[start..start + len as usize];
+        writes.push(disk_offset, Io::Write { file, offset: host, buf });
+    }
+}

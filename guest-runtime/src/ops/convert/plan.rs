@@ -1,0 +1,165 @@
+//! What is to be copied next: the disk cut into chunks, holes left out.
+
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+
+use instar_blockio::{Extent, ExtentKind, Layer};
+
+use super::fill::{Fault, Outcome};
+
+/// A run of zeroes is handed out in pieces of at most this many bytes, so that progress stays visible.
+const MAX_ZERO_CHUNK: u64 = 1 << 30;
+
+/// What the target makes of areas that hold no data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Rules {
+    /// Areas of the target that nobody writes read as zero.
+    pub zero_init: bool,
+    /// What the source does not allocate, the target's backing image answers.
+    pub skip_unallocated: bool,
+    /// Zeroes are written as data (`-S 0`).
+    pub allocate_all: bool,
+    /// Chunks begin and end at multiples of this (a power of two; 1: anywhere).
+    pub unit: u64,
+    /// Bytes of a chunk, a power of two and a multiple of `unit`.
+    pub chunk: u64,
+}
+
+/// One piece of work.
+#[derive(Debug)]
+pub(super) struct Chunk {
+    /// Position in the order of the disk: 0, 1, 2, …
+    pub seq: u64,
+    /// Where it begins on the disk.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Its runs, without gaps.
+    pub extents: Vec<Extent>,
+}
+
+impl Chunk {
+    /// One run of zeroes, possibly longer than a buffer.
+    pub fn is_zero(&self) -> bool {
+        matches!(self.extents.as_slice(), [Extent { kind: ExtentKind::Zero { .. } | ExtentKind::Unallocated, .. }])
+    }
+}
+
+/// Hands out chunks in the order of the disk.
+pub(super) struct Planner {
+    source: Box<dyn Layer>,
+    rules: Rules,
+    cursor: u64,
+    end: u64,
+    seq: u64,
+    skipped: u64,
+}
+
+impl Planner {
+    pub fn new(source: Box<dyn Layer>, rules: Rules) -> Self {
+        let end = source.size();
+        Self { source, rules, cursor: 0, end, seq: 0, skipped: 0 }
+    }
+
+    /// Sequence number of the chunk that [`next`](Self::next) would give.
+    pub fn next_seq(&self) -> u64 {
+        self.seq
+    }
+
+    /// Bytes passed over since the last call, because they need no work.
+    pub fn take_skipped(&mut self) -> u64 {
+        core::mem::take(&mut self.skipped)
+    }
+
+    /// Reads from the source itself, for what the extents could not give.
+    pub fn source(&self) -> &dyn Layer {
+        &*self.source
+    }
+
+    /// The next chunk; `None` at the end of the disk.
+    ///
+    /// # Errors
+    /// The source's error.
+    pub fn next(&mut self) -> Outcome<Option<Chunk>> {
+        while self.cursor < self.end {
+            let first = self.extent(self.cursor, self.end - self.cursor)?;
+            if self.skips(&first) {
+                self.skipped += first.len;
+                self.cursor = first.end();
+                continue;
+            }
+            let chunk = match self.long_zero(&first) {
+                Some(chunk) => chunk,
+                None => self.gather()?,
+            };
+            self.seq += 1;
+            self.cursor = chunk.offset + chunk.len;
+            return Ok(Some(chunk));
+        }
+        Ok(None)
+    }
+
+    /// A long run of zeroes that must be written is one chunk, without a buffer.
+    fn long_zero(&self, first: &Extent) -> Option<Chunk> {
+        let zero = match first.kind {
+            ExtentKind::Zero { .. } => true,
+            ExtentKind::Unallocated => !self.rules.skip_unallocated,
+            _ => false,
+        };
+        let unit = self.rules.unit;
+        if !zero || self.rules.allocate_all || first.offset % unit != 0 {
+            return None;
+        }
+        let len = match first.len.min(MAX_ZERO_CHUNK) {
+            len if first.offset + len == self.end => len,
+            len => len - len % unit,
+        };
+        if len < self.rules.chunk.min(self.end - first.offset) {
+            return None;
+        }
+        let extents = alloc::vec![Extent { len, ..*first }];
+        Some(Chunk { seq: self.seq, offset: first.offset, len, extents })
+    }
+
+    /// The runs from the cursor (rounded down to the unit) to the end of the chunk.
+    fn gather(&self) -> Outcome<Chunk> {
+        let start = self.cursor - self.cursor % self.rules.unit;
+        let stop = ((self.cursor / self.rules.chunk + 1).saturating_mul(self.rules.chunk)).min(self.end);
+        let mut extents: Vec<Extent> = Vec::new();
+        let mut at = start;
+        while at < stop {
+            let extent = self.extent(at, stop - at)?;
+            at = extent.end();
+            if !extents.last_mut().is_some_and(|last| last.join(&extent)) {
+                extents.push(extent);
+            }
+        }
+        self.trim_tail(&mut extents);
+        let len = extents.last().map_or(0, |last| last.end() - start);
+        Ok(Chunk { seq: self.seq, offset: start, len, extents })
+    }
+
+    /// Drops what may be skipped at the end, down to the unit.
+    fn trim_tail(&self, extents: &mut Vec<Extent>) {
+        while let [.., before, last] = extents.as_slice()
+            && self.skips(last)
+            && before.end() % self.rules.unit == 0
+        {
+            extents.pop();
+        }
+    }
+
+    fn extent(&self, at: u64, max_len: u64) -> Outcome<Extent> {
+        self.source.extent_at(at, max_len).map_err(Fault::read(at))
+    }
+
+    fn skips(&self, extent: &Extent) -> bool {
+        match extent.kind {
+            ExtentKind::Unallocated => {
+                self.rules.skip_unallocated || (self.rules.zero_init && !self.rules.allocate_all)
+            }
+            ExtentKind::Zero { .. } => self.rules.zero_init && !self.rules.allocate_all,
+            _ => false,
+        }
+    }
+}

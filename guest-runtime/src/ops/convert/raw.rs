@@ -1,0 +1,97 @@
+//! Into a raw file: disk offset equals file offset, so chunks need no order.
+
+use alloc::vec::Vec;
+
+use instar_blockio::{Extent, ExtentKind, FileId, ZeroMode, data_runs};
+
+use super::fill::{Batch, Outcome, Scratch, fill};
+use super::plan::Chunk;
+use super::{Counters, Sparse};
+use crate::platform::{Io, Platform};
+
+/// The raw file that is written.
+pub(super) struct RawTarget {
+    pub file: FileId,
+    /// Areas that nobody writes read as zero.
+    pub zero_init: bool,
+}
+
+impl RawTarget {
+    /// Brings one chunk into the file: what lies plain in a source file is copied by the host, the rest goes through `buf`.
+    pub fn write_chunk<P: Platform>(
+        &self,
+        platform: &P,
+        chunk: &Chunk,
+        sparse: &Sparse,
+        buf: &mut Vec<u8>,
+        scratch: &mut Scratch,
+        counters: &Counters,
+    ) -> Outcome<()> {
+        let mut batch = Batch::default();
+        let direct = |extent: &Extent| match extent.kind {
+            ExtentKind::Data { .. } => true,
+            ExtentKind::Zero { .. } | ExtentKind::Unallocated => true,
+            _ => false,
+        };
+        for extent in chunk.extents.iter().filter(|extent| direct(extent)) {
+            batch.push(extent.offset, self.direct_request(extent, sparse, counters));
+        }
+        if chunk.extents.iter().all(direct) {
+            return batch.submit(platform);
+        }
+        buf.resize(chunk.len as usize, 0);
+        fill(platform, chunk, buf, scratch, None, |extent| !direct(extent), batch)?;
+        let mut writes = Batch::default();
+        for span in spans(&chunk.extents, |extent| !direct(extent)) {
+            let start = (span.0 - chunk.offset) as usize;
+            let bytes = &buf[start..start + span.1 as usize];
+            self.write_span(span.0, bytes, sparse, &mut writes);
+            counters.add_transformed(span.1);
+        }
+        writes.submit(platform)
+    }
+
+    /// Writes a chunk whose bytes are there already.
+    pub fn write_bytes<P: Platform>(&self, platform: &P, chunk: &Chunk, sparse: &Sparse, bytes: &[u8]) -> Outcome<()> {
+        let mut writes = Batch::default();
+        self.write_span(chunk.offset, bytes, sparse, &mut writes);
+        writes.submit(platform)
+    }
+
+    fn direct_request<'b>(&self, extent: &Extent, sparse: &Sparse, counters: &Counters) -> Io<'b> {
+        let (offset, len) = (extent.offset, extent.len);
+        if let ExtentKind::Data { file, host } = extent.kind {
+            counters.add_copied(len);
+            let skip_zero = (self.zero_init && !sparse.allocate_all()).then_some(sparse.alignment());
+            return Io::Copy { from: file, offset: host, to: self.file, to_offset: offset, len, skip_zero };
+        }
+        let mode = if sparse.allocate_all() { ZeroMode::KeepAllocated } else { ZeroMode::Unmap };
+        Io::WriteZeroes { file: self.file, offset, len, mode }
+    }
+
+    /// Writes the runs of a span that hold data; the others too where the file would not read as zero.
+    fn write_span<'b>(&self, offset: u64, bytes: &'b [u8], sparse: &Sparse, writes: &mut Batch<'b>) {
+        let mut write = |start: usize, end: usize| {
+            let at = offset + start as u64;
+            writes.push(at, Io::Write { file: self.file, offset: at, buf: &bytes[start..end] });
+        };
+        if sparse.allocate_all() || !self.zero_init {
+            return write(0, bytes.len());
+        }
+        for run in data_runs(bytes, offset, sparse.alignment(), sparse.min_zero()) {
+            write(run.start, run.end);
+        }
+    }
+}
+
+/// Neighbouring wanted runs as `(offset, len)`.
+pub(super) fn spans(extents: &[Extent], wanted: impl Fn(&Extent) -> bool) -> Vec<(u64, u64)> {
+    let mut found: Vec<(u64, u64)> = Vec::new();
+    for extent in extents.iter().filter(|extent| wanted(extent)) {
+        match found.last_mut() {
+            Some((start, len)) if *start + *len == extent.offset => *len += extent.len,
+            _ => found.push((extent.offset, extent.len)),
+        }
+    }
+    found
+}
