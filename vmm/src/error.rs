@@ -107,6 +107,8 @@ pub enum KvmStep {
     Run = 9,
     /// Locking the monitor process down.
     Jail = 10,
+    /// Taking a granted file.
+    File = 11,
 }
 
 /// A broken rule of the interface between guest and monitor.
@@ -178,7 +180,7 @@ impl Misbehaviour {
 }
 
 impl KvmStep {
-    pub(crate) const ALL: [Self; 11] = [
+    pub(crate) const ALL: [Self; 12] = [
         Self::Open,
         Self::CreateVm,
         Self::Memory,
@@ -190,6 +192,7 @@ impl KvmStep {
         Self::Thread,
         Self::Run,
         Self::Jail,
+        Self::File,
     ];
 }
 
@@ -265,7 +268,8 @@ fn kvm_text(f: &mut fmt::Formatter<'_>, step: KvmStep, errno: i32) -> fmt::Resul
         (KvmStep::Open | KvmStep::CreateVm, libc::EBUSY) => {
             write!(f, "KVM is busy: another hypervisor uses the processor's virtualisation")
         }
-        _ => write!(f, "KVM: {} failed: {error}", step),
+        (KvmStep::Jail | KvmStep::File | KvmStep::Thread, _) => write!(f, "sandbox: {step} failed: {error}"),
+        _ => write!(f, "KVM: {step} failed: {error}"),
     }
 }
 
@@ -283,6 +287,7 @@ impl fmt::Display for KvmStep {
             Self::Thread => "starting a thread",
             Self::Run => "running the virtual processor",
             Self::Jail => "locking the process down",
+            Self::File => "taking a file",
         })
     }
 }

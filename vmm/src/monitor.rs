@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use instar_guest_protocol::boot::DeviceFlags;
@@ -33,7 +33,7 @@ pub struct Plan {
     /// Where everything lies.
     pub layout: Layout,
     /// The shared progress words.
-    pub progress: &'static Progress,
+    pub progress: Arc<Progress>,
     /// When the caller asked for the sandbox.
     pub spawned: Instant,
     /// Vector registers beyond SSE.
@@ -82,6 +82,7 @@ type Step<T> = Result<T, (KvmStep, i32)>;
 /// Builds the machine with one vCPU.
 fn build(plan: Plan, host: &'static Host) -> Step<(&'static Machine, VcpuFd, Phases)> {
     let Plan { guest, elf, layout, progress, spawned, vectors, debug } = plan;
+    let progress: &'static Progress = Box::leak(Box::new(progress));
     let now = || spawned.elapsed().as_nanos() as u64;
     let mut phases = Phases { process: now(), ..Phases::default() };
     let kvm = Kvm::new().map_err(|error| (KvmStep::Open, error.errno()))?;
@@ -148,7 +149,7 @@ impl Host {
             _ => {
                 drop(devices);
                 machine.close_files();
-                self.report(&kvm_failure(KvmStep::Jail, libc::EMFILE).into(), &[])
+                self.report(&kvm_failure(KvmStep::File, libc::EMFILE).into(), &[])
             }
         }
     }

@@ -1,6 +1,7 @@
 //! The caller's side of a run.
 
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::time::Instant;
 
 use instar_guest_protocol::boot::DeviceFlags;
@@ -32,7 +33,7 @@ use crate::wire::{Cause, Channel, Failure, Header, Kind, Reason};
 pub struct Sandbox {
     channel: Channel,
     process: Process,
-    progress: &'static Progress,
+    progress: Arc<Progress>,
     watchdog: Watchdog,
     settings: Settings,
     state: State,
@@ -86,10 +87,9 @@ impl Sandbox {
         let spawned = Instant::now();
         let elf = Elf::parse(guest).map_err(Error::Guest)?;
         let layout = Layout::new(&elf, settings.vcpus, settings.memory)?;
-        // Two words that live as long as their page: the other process uses them too.
-        let progress: &'static Progress = Box::leak(Box::new(Progress::new()?));
+        let progress = Arc::new(Progress::new()?);
         let debug = settings.debug;
-        let plan = Plan { guest, elf, layout, progress, spawned, vectors: settings.vectors, debug };
+        let plan = Plan { guest, elf, layout, progress: progress.clone(), spawned, vectors: settings.vectors, debug };
         let (channel, process) = process::fork(debug, |channel| monitor::run(plan, channel)).map_err(Error::Process)?;
         Ok(Self {
             channel,

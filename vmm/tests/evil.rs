@@ -3,6 +3,7 @@
 mod common;
 
 use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use common::{
 use instar_guest_protocol::boot::Mailbox;
 use instar_guest_protocol::port;
 use instar_guest_protocol::ring::RequestKind;
-use instar_vmm::{Error, Misbehaviour, Settings};
+use instar_vmm::{Error, Misbehaviour, Sandbox, Settings};
 use zerocopy::IntoBytes;
 
 fn error(guest: Guest) -> Error {
@@ -336,19 +337,72 @@ fn mailboxes_are_checked() {
     }
 }
 
+/// The one child of this thread.
+fn child() -> Option<rustix::process::Pid> {
+    let children = format!("/proc/self/task/{}/children", rustix::thread::gettid().as_raw_nonzero());
+    let children = std::fs::read_to_string(children).expect("a kernel with CONFIG_PROC_CHILDREN");
+    children.split_whitespace().next().and_then(|pid| rustix::process::Pid::from_raw(pid.parse().unwrap()))
+}
+
+#[test]
+fn a_sandbox_that_is_dropped_leaves_no_process() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let mut sandbox = Sandbox::spawn(Guest::new().hang().elf(), &settings()).unwrap();
+    sandbox.start(b"").unwrap();
+    assert!(child().is_some());
+    drop(sandbox);
+    assert_eq!(child(), None);
+}
+
 #[test]
 fn a_killed_monitor_is_noticed() {
     if !kvm_or_skip() {
         return;
     }
-    use instar_vmm::Sandbox;
-    // Dropping a running sandbox ends its process.
     let mut sandbox = Sandbox::spawn(Guest::new().hang().elf(), &settings()).unwrap();
     sandbox.start(b"").unwrap();
-    drop(sandbox);
-    let children =
-        std::fs::read_to_string(format!("/proc/self/task/{}/children", rustix::thread::gettid().as_raw_nonzero()));
-    if let Ok(children) = children {
-        assert_eq!(children.trim(), "");
+    rustix::process::kill_process(child().unwrap(), rustix::process::Signal::KILL).unwrap();
+    let result = sandbox.next_event();
+    assert!(matches!(result, Err(Error::MonitorLost { status: Some(9) })), "{result:?}");
+    assert_eq!(child(), None);
+}
+
+#[test]
+fn the_monitor_holds_nothing_but_what_it_needs() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let inherited = tempfile::tempfile().unwrap();
+    let granted = tempfile::tempfile().unwrap();
+    let mut sandbox = Sandbox::spawn(Guest::new().message(DATA, 1).hang().elf(), &settings()).unwrap();
+    sandbox.grant(granted.as_fd(), false).unwrap();
+    sandbox.start(b"").unwrap();
+    // Now the guest runs.
+    sandbox.next_event().unwrap();
+    let of_child = format!("/proc/{}", child().unwrap().as_raw_nonzero());
+    let Ok(files) = std::fs::read_dir(format!("{of_child}/fd")) else {
+        eprintln!("SKIPPED: only root may look into a process that is not dumpable");
+        return;
+    };
+    let mut targets: Vec<String> = files
+        .map(|entry| std::fs::read_link(entry.unwrap().path()).unwrap().to_string_lossy().into_owned())
+        .map(|name| if name.starts_with("socket:") { "socket".into() } else { name })
+        .collect();
+    targets.sort();
+    let name = |file: &File| {
+        std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap().to_string_lossy().into_owned()
+    };
+    assert_ne!(name(&inherited), name(&granted));
+    let mut expected = ["/dev/kvm", "/dev/kvm", "/dev/kvm", "anon_inode:kvm-vcpu:0", "anon_inode:kvm-vm", "socket"]
+        .map(String::from)
+        .to_vec();
+    expected.push(name(&granted));
+    expected.sort();
+    assert_eq!(targets, expected);
+    let status = std::fs::read_to_string(format!("{of_child}/status")).unwrap();
+    for line in ["CapEff:\t0000000000000000", "CapPrm:\t0000000000000000", "NoNewPrivs:\t1"] {
+        assert!(status.contains(line), "{line}");
     }
 }
