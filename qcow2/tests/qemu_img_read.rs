@@ -39,21 +39,23 @@ fn chain(dir: &Path, image: Image<HostFile>) -> Overlay {
     Overlay::new(layers)
 }
 
-fn read_all(disk: &impl BlockRead) -> Vec<u8> {
+/// The disk; `None` if it can't be read.
+fn read_all(disk: &impl BlockRead) -> Option<Vec<u8>> {
     let mut bytes = vec![0xee; disk.size() as usize];
-    for (k, piece) in bytes.chunks_mut(300_000).enumerate() {
-        disk.read_at(k as u64 * 300_000, piece).unwrap();
-    }
-    bytes
+    let mut pieces = bytes.chunks_mut(300_000).enumerate();
+    pieces.all(|(k, piece)| disk.read_at(k as u64 * 300_000, piece).is_ok()).then_some(bytes)
 }
 
-/// What qemu-img makes of the image.
-fn by_qemu(dir: &Path, args: &[&str], name: &str) -> Vec<u8> {
+/// What qemu-img makes of the image; `None` if it can't read it. (Now and then qemu-io overwrites the place of a
+/// compressed cluster that a snapshot still has.)
+fn by_qemu(dir: &Path, args: &[&str], name: &str) -> Option<Vec<u8>> {
     let mut all = vec!["convert", "-O", "raw"];
     all.extend(args);
     all.extend([name, "out.raw"]);
-    must(dir, "qemu-img", &all);
-    std::fs::read(dir.join("out.raw")).unwrap()
+    let done = run(dir, "qemu-img", &all);
+    let text = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success() || text.contains("error while reading at byte"), "{text}");
+    done.status.success().then(|| std::fs::read(dir.join("out.raw")).unwrap())
 }
 
 /// Random writes, zero writes and discards for one run of qemu-io.
@@ -198,7 +200,7 @@ fn whole_image_compressed() {
                 .extents(0..image.size())
                 .filter(|e| matches!(e, Ok(e) if matches!(e.kind, ExtentKind::Compressed(_))));
             assert!(compressed.count() > 0, "{options}");
-            assert!(read_all(&image) == disk, "{options}");
+            assert!(read_all(&image).as_ref() == Some(&disk), "{options}");
         }
     }
 }
@@ -388,7 +390,7 @@ fn corpus() {
         if image.size() > 64 << 20 {
             continue;
         }
-        let disk = read_all(&image);
+        let disk = read_all(&image).unwrap();
         std::fs::write(dir.path().join("disk.raw"), &disk).unwrap();
         let done = run(dir.path(), "sha256sum", &["disk.raw"]);
         assert!(String::from_utf8_lossy(&done.stdout).starts_with(fields[sum]), "{}", path.display());
