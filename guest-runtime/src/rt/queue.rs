@@ -40,13 +40,15 @@ pub fn with<R>(f: impl FnOnce(&mut Queue) -> R) -> R {
     f(queue.get_or_insert_with(|| Box::new(Queue::new(vcpu))))
 }
 
-/// A virtqueue, and memory for the headers and statuses of one turn.
+/// A virtqueue, and memory for one turn.
 #[derive(Debug)]
 pub struct Queue {
     ring: VirtQueue<Identity, QUEUE_SIZE>,
     transport: SharedTransport,
     headers: [RequestHeader; MAX_REQUESTS],
     statuses: [RequestStatus; MAX_REQUESTS],
+    entries: [Entry; MAX_REQUESTS],
+    segments: [Segment; QUEUE_SIZE],
 }
 
 impl Queue {
@@ -61,19 +63,14 @@ impl Queue {
             transport,
             headers: [RequestHeader::default(); MAX_REQUESTS],
             statuses: [RequestStatus::default(); MAX_REQUESTS],
+            entries: [Entry::default(); MAX_REQUESTS],
+            segments: [Segment::default(); QUEUE_SIZE],
         }
     }
 
     /// Begins a turn.
     pub fn turn<'b>(&mut self) -> Turn<'_, 'b> {
-        Turn {
-            queue: self,
-            entries: [const { Entry { tags: 0..0, first_segment: 0, segment_count: 0, reads: false } }; MAX_REQUESTS],
-            entry_count: 0,
-            segments: [const { Segment { addr: 0, len: 0 } }; QUEUE_SIZE],
-            segment_count: 0,
-            buffers: PhantomData,
-        }
+        Turn { queue: self, entry_count: 0, segment_count: 0, buffers: PhantomData }
     }
 }
 
@@ -100,18 +97,16 @@ impl Data<'_> {
 #[derive(Debug)]
 pub struct Turn<'q, 'b> {
     queue: &'q mut Queue,
-    entries: [Entry; MAX_REQUESTS],
     entry_count: usize,
-    segments: [Segment; QUEUE_SIZE],
     segment_count: usize,
     buffers: PhantomData<&'b mut [u8]>,
 }
 
 /// One request of a turn.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Entry {
-    /// The caller's numbers of what was joined into this request.
-    tags: Range<usize>,
+    /// The caller's numbers of what was joined into this request: the first, and the one behind the last.
+    tags: (usize, usize),
     first_segment: usize,
     segment_count: usize,
     /// The monitor writes the data.
@@ -119,7 +114,7 @@ struct Entry {
 }
 
 /// A data buffer.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Segment {
     addr: usize,
     len: usize,
@@ -154,25 +149,28 @@ impl<'q, 'b> Turn<'q, 'b> {
     /// Adds a request, or lengthens the last one if this continues it. `tag` is the caller's number; it never falls.
     pub fn push(&mut self, header: RequestHeader, data: Data<'b>, tag: usize) {
         assert!(self.has_room(), "request queue is full");
+        let len = data.len();
         if self.joins(&header) {
-            self.queue.headers[self.entry_count - 1].len += header.len;
-            let last = &mut self.entries[self.entry_count - 1];
-            last.tags.end = tag + 1;
-            last.segment_count += 1;
+            let last = self.entry_count - 1;
+            self.queue.headers[last].len += header.len;
+            self.queue.entries[last].tags.1 = tag + 1;
+            self.queue.entries[last].segment_count += 1;
         } else {
-            let (first_segment, segment_count) = (self.segment_count, usize::from(data.len() != 0));
-            let reads = matches!(data, Data::Read(_));
             self.queue.headers[self.entry_count] = header;
-            self.entries[self.entry_count] = Entry { tags: tag..tag + 1, first_segment, segment_count, reads };
+            self.queue.entries[self.entry_count] = Entry {
+                tags: (tag, tag + 1),
+                first_segment: self.segment_count,
+                segment_count: usize::from(len != 0),
+                reads: matches!(data, Data::Read(_)),
+            };
             self.entry_count += 1;
         }
-        if data.len() != 0 {
-            let len = data.len();
+        if len != 0 {
             let addr = match data {
                 Data::Read(buf) => buf.as_mut_ptr().expose_provenance(),
                 Data::Write(buf) => buf.as_ptr().expose_provenance(),
             };
-            self.segments[self.segment_count] = Segment { addr, len };
+            self.queue.segments[self.segment_count] = Segment { addr, len };
             self.segment_count += 1;
         }
     }
@@ -185,30 +183,30 @@ impl<'q, 'b> Turn<'q, 'b> {
             && (last.kind, last.device) == (next.kind, next.device)
             && last.offset.checked_add(last.len) == Some(next.offset)
             && last.len.checked_add(next.len).is_some_and(|len| len <= MAX_REQUEST_BYTES)
-            && self.entries[i].segment_count < MAX_SEGMENTS
+            && self.queue.entries[i].segment_count < MAX_SEGMENTS
     }
 
     /// Hands everything over, and returns when it is done: how each request ended, in order.
     pub fn run(self) -> impl Iterator<Item = Outcome> + use<'q> {
-        let Self { queue, entries, entry_count, segments, .. } = self;
+        let Self { queue, entry_count, .. } = self;
         if entry_count != 0 {
-            queue.exchange(&entries[..entry_count], &segments);
+            queue.exchange(entry_count);
         }
-        entries.into_iter().take(entry_count).enumerate().map(|(i, entry)| Outcome {
-            tags: entry.tags,
-            offset: queue.headers[i].offset,
-            status: queue.statuses[i],
+        (0..entry_count).map(|i| {
+            let (first, end) = queue.entries[i].tags;
+            Outcome { tags: first..end, offset: queue.headers[i].offset, status: queue.statuses[i] }
         })
     }
 }
 
 impl Queue {
     /// Puts the requests on the ring, rings, and takes them off. Their buffers are borrowed by the [`Turn`].
-    fn exchange(&mut self, entries: &[Entry], segments: &[Segment]) {
+    #[inline(never)]
+    fn exchange(&mut self, entry_count: usize) {
         let mut tokens = [0; MAX_REQUESTS];
-        for (i, entry) in entries.iter().enumerate() {
+        for (i, token) in tokens.iter_mut().enumerate().take(entry_count) {
             self.statuses[i] = RequestStatus { status: STATUS_PENDING, errno: 0, value: 0 };
-            tokens[i] = self.with_chain(i, entry, segments, |ring, inputs, outputs| {
+            *token = self.with_chain(i, |ring, inputs, outputs| {
                 // SAFETY: the buffers stay borrowed until the token was popped, below, in this function; a failure in
                 // between ends the machine.
                 unsafe { ring.add(inputs, outputs) }.expect("request queue is full")
@@ -216,9 +214,8 @@ impl Queue {
         }
         // Always: the monitor sleeps in no other way than by not being called.
         self.transport.notify(0);
-        for (i, entry) in entries.iter().enumerate() {
-            let token = tokens[i];
-            self.with_chain(i, entry, segments, |ring, inputs, outputs| {
+        for (i, token) in tokens.into_iter().enumerate().take(entry_count) {
+            self.with_chain(i, |ring, inputs, outputs| {
                 // SAFETY: the same buffers as were added under this token.
                 unsafe { ring.pop_used(token, inputs, outputs) }.expect("requests are answered in order")
             });
@@ -229,15 +226,14 @@ impl Queue {
     fn with_chain<R>(
         &mut self,
         i: usize,
-        entry: &Entry,
-        segments: &[Segment],
         f: impl for<'a> FnOnce(&mut VirtQueue<Identity, QUEUE_SIZE>, &'a [&'a [u8]], &'a mut [&'a mut [u8]]) -> R,
     ) -> R {
+        let entry = self.entries[i];
         let mut inputs: [&[u8]; MAX_SEGMENTS + 1] = [&[]; MAX_SEGMENTS + 1];
         let mut outputs: [&mut [u8]; MAX_SEGMENTS + 1] = array::from_fn(|_| Default::default());
         let (mut input_count, mut output_count) = (1, 0);
         inputs[0] = self.headers[i].as_bytes();
-        for segment in &segments[entry.first_segment..][..entry.segment_count] {
+        for segment in &self.segments[entry.first_segment..][..entry.segment_count] {
             // SAFETY: `push` got these as a slice that is borrowed for longer than the turn: mutably for a read. Nobody
             // else looks at it while this one exists.
             unsafe {
@@ -256,5 +252,3 @@ impl Queue {
         f(&mut self.ring, &inputs[..input_count], &mut outputs[..=output_count])
     }
 }
-
-const _: () = assert!(size_of::<Segment>() * QUEUE_SIZE <= 4096, "a turn lies on the stack");
