@@ -12,8 +12,8 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{Guest, collect, settings};
-use instar_vmm::{Phases, Sandbox};
+use common::{Guest, collect};
+use instar_vmm::{Phases, Sandbox, Settings};
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
@@ -53,7 +53,7 @@ fn bytes_of(hex: &str) -> Vec<u8> {
 fn one_run(elf: &'static [u8], request: &[u8]) -> [f64; 11] {
     let clock = Instant::now();
     let us = || clock.elapsed().as_nanos() as f64 / 1000.0;
-    let mut sandbox = Sandbox::spawn(elf, &settings()).expect("sandbox");
+    let mut sandbox = Sandbox::spawn(elf, &Settings { memory: 64 << 20, ..Settings::default() }).expect("sandbox");
     let spawned = us();
     sandbox.start(request).expect("start");
     let outcome = collect(&mut sandbox).expect("run");
