@@ -1,0 +1,20 @@
+//! The targets, one file each.
+
+use crate::Target;
+
+pub mod codec;
+pub mod detect;
+pub mod message;
+pub mod partition;
+pub mod qcow2_read;
+pub mod qcow2_write;
+
+/// All targets.
+pub const ALL: [Target; 6] = [
+    Target { name: "codec", run: codec::run, seeds: codec::seeds },
+    Target { name: "detect", run: detect::run, seeds: detect::seeds },
+    Target { name: "message", run: message::run, seeds: message::seeds },
+    Target { name: "partition", run: partition::run, seeds: partition::seeds },
+    Target { name: "qcow2_read", run: qcow2_read::run, seeds: qcow2_read::seeds },
+    Target { name: "qcow2_write", run: qcow2_write::run, seeds: qcow2_write::seeds },
+];
