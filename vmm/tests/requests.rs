@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 
 use common::{PAYLOAD, Requests, header, kvm_or_skip, statuses};
 use instar_guest_protocol::ring::{
-    HoleRun, RequestFlags, RequestHeader, RequestKind, RequestStatus, STATUS_OK, STATUS_REFUSED,
+    HoleRun, RequestFlags, RequestHeader, RequestKind, RequestStatus, STATUS_IO_ERROR, STATUS_OK, STATUS_REFUSED,
 };
 use zerocopy::FromBytes;
 
@@ -168,12 +168,11 @@ fn a_file_that_shrinks_is_an_error_and_no_signal() {
     sandbox.start(b"").unwrap();
     let outcome = common::collect(&mut sandbox).unwrap();
     let status = statuses(&outcome.messages[0])[0];
-    assert_eq!((status.status, status.errno), (1, libc_eio()));
+    assert_eq!((status.status, status.errno), (STATUS_IO_ERROR, EIO));
 }
 
-fn libc_eio() -> u32 {
-    rustix::io::Errno::IO.raw_os_error() as u32
-}
+/// EIO.
+const EIO: u32 = 5;
 
 #[test]
 fn zeroes_holes_and_lengths() {
@@ -349,4 +348,81 @@ fn traffic_is_counted() {
     let reads = outcome.stats.requests(RequestKind::Read);
     assert_eq!((reads.count, reads.bytes), (2, 100));
     assert_eq!(outcome.stats.requests(RequestKind::Write).count, 0);
+}
+
+/// A loop device over a temporary file; detached when dropped.
+struct LoopDevice {
+    path: String,
+    _file: tempfile::NamedTempFile,
+}
+
+impl LoopDevice {
+    /// `None`, loudly, where there are none to be had.
+    fn over(bytes: &[u8]) -> Option<Self> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().write_all_at(bytes, 0).unwrap();
+        let output = std::process::Command::new("losetup").args(["--find", "--show"]).arg(file.path()).output();
+        match output {
+            Ok(output) if output.status.success() => {
+                Some(Self { path: String::from_utf8(output.stdout).unwrap().trim().into(), _file: file })
+            }
+            _ => {
+                eprintln!("SKIPPED: no loop device (that needs root and losetup)");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("losetup").args(["--detach", &self.path]).status();
+    }
+}
+
+#[test]
+fn block_devices_do_not_grow() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let bytes = pattern(1 << 20);
+    let Some(device) = LoopDevice::over(&bytes) else { return };
+    let block = File::options().read(true).write(true).open(&device.path).unwrap();
+    let target = tempfile::tempfile().unwrap();
+    let end = 1u64 << 20;
+    let copy = RequestHeader { target_device: 1, ..header(RequestKind::Copy, 0, 100, end) };
+    let (status, shown) = run(
+        Requests::new()
+            .data(PAYLOAD, b"block")
+            .add(header(RequestKind::Write, 0, 100, 5), &[(PAYLOAD, 5)])
+            .add(header(RequestKind::Write, 0, end - 4, 5), &[(PAYLOAD, 5)])
+            .add(header(RequestKind::WriteZeroes, 0, 1000, 3000), &[])
+            .add(header(RequestKind::WriteZeroes, 0, 65536, 65536), &[])
+            .add(header(RequestKind::WriteZeroes, 0, end - 512, 513), &[])
+            .add(header(RequestKind::Discard, 0, 1 << 19, 65536), &[])
+            .add(header(RequestKind::SetLen, 0, end, 0), &[])
+            .add(header(RequestKind::Allocate, 0, 0, end), &[])
+            .add(header(RequestKind::Allocate, 0, 0, end + 1), &[])
+            .add(header(RequestKind::Holes, 0, 0, end), &[(PAYLOAD + 64, 64)])
+            .add(header(RequestKind::Flush, 0, 0, 0), &[])
+            .add(copy, &[]),
+        &[(PAYLOAD + 64, 16), (common::BOOT + 0x2000, 16)],
+        &[(&block, true), (&target, true)],
+    );
+    let refused: Vec<usize> = (0..12).filter(|i| status[*i] == REFUSED).collect();
+    assert_eq!(refused, [1, 4, 6, 8], "{status:?}");
+    assert!(status.iter().all(|status| *status == REFUSED || status.status == STATUS_OK), "{status:?}");
+    // The host can't tell holes of a block device.
+    assert_eq!(<[u64; 2]>::read_from_bytes(&shown[0]).unwrap(), [end, 1]);
+    assert_eq!(<[u64; 2]>::read_from_bytes(&shown[1]).unwrap(), [end, 3], "length and flags");
+    let mut expected = bytes;
+    expected[100..105].copy_from_slice(b"block");
+    expected[1000..4000].fill(0);
+    expected[65536..131_072].fill(0);
+    let mut found = contents(&target);
+    assert_eq!(found.len() as u64, end);
+    found.rotate_right(100);
+    assert!(found[100..1 << 19] == expected[100..1 << 19]);
+    assert!(found[(1 << 19) + 65536..] == expected[(1 << 19) + 65536..]);
+    assert_eq!(found[..100], [0; 100], "past the end counts as zero");
 }
