@@ -450,7 +450,8 @@ pub enum Cause {
     HeaderTooShort = 5,
     /// `value` = version.
     UnsupportedVersion = 6,
-    /// `value` = unknown incompatible feature bits, `text` = their names in the image, separated by commas.
+    /// `value` = unknown incompatible feature bits, `text` = their names in the image, separated by a comma and a blank,
+    /// `value2` = those without a name.
     UnknownFeatures = 7,
     /// `value` = log2 of the cluster size.
     UnsupportedClusterSize = 8,
@@ -582,6 +583,10 @@ pub enum Field {
     BitmapsSize = 36,
     /// The external data file is said to be raw, but there is none.
     RawFlagWithoutDataFile = 37,
+    /// The virtual size can't be rounded up to a whole table within 64 bits.
+    SizeOverflow = 38,
+    /// The snapshot table has too many bytes: `value2` snapshots lie behind the limit.
+    SnapshotTableBytes = 39,
 }
 
 /// What is wrong with a bitmap directory ([`Field::BitmapDirectory`]).

@@ -88,7 +88,10 @@ pub(crate) fn open_data_file<P: Platform>(
     Ok((file, id))
 }
 
-/// Opens what lies below an image, if anything: its device and the image.
+/// The image below another, and its device.
+type Below<P> = (u32, Image<File<P>>);
+
+/// Opens what lies below an image, if anything.
 ///
 /// A backing file whose format is not recorded is looked at; it is taken only if it refers to nothing further, since bytes that a
 /// guest wrote must not decide which other files are read.
@@ -97,7 +100,7 @@ pub(crate) fn open_backing<P: Platform>(
     device: u32,
     image: &Image<File<P>>,
     data: DataFile,
-) -> Result<Option<(u32, Image<File<P>>)>, Failure> {
+) -> Result<Option<Below<P>>, Failure> {
     let Some(name) = image.backing_file() else { return Ok(None) };
     let recorded = recorded_format(device, image)?;
     let below = request_file(platform, FileId(device), FileRole::Backing, name.to_vec(), recorded, false)?.0;

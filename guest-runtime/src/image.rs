@@ -1,6 +1,7 @@
 //! The formats composed: detection, and one type for an image of any of them.
 
 use alloc::boxed::Box;
+use alloc::vec::Vec;
 
 use instar_blockio::{BlockRead, FileId, Layer, ReadPart};
 use instar_guest_protocol::message::{Cause, Failure, Format, Step};
@@ -87,10 +88,34 @@ pub fn open_image<P: Platform>(platform: &P, device: u32, format: Format) -> Res
             raw::Image::open(file).map(Image::Raw).map_err(|error| block(Step::Open, Some(id), 0, error))
         }
         Format::Qcow2 => {
-            let image = qcow2::Image::open(file, id, &qcow2::OpenOptions::default());
-            Ok(Image::Qcow2(Box::new(image.map_err(|error| qcow2_failure(Step::Open, id, error))?)))
+            let image = qcow2::Image::open(file.clone(), id, &qcow2::OpenOptions::default());
+            Ok(Image::Qcow2(Box::new(image.map_err(|error| open_failure(&file, id, error))?)))
         }
         other => Err(Failure { format: other.into(), ..about(Step::Open, id, Cause::FormatNotSupported) }),
+    }
+}
+
+/// Why a qcow2 image can't be opened, with the names from the image that the message quotes.
+fn open_failure<F: BlockRead>(file: &F, id: FileId, error: qcow2::Error) -> Failure {
+    let failure = qcow2_failure(Step::Open, id, error);
+    match error {
+        qcow2::Error::UnknownFeatures(bits) => match qcow2::feature_names(file, bits) {
+            Ok(found) => Failure { text: found.names.join(&b", "[..]), value2: found.unnamed, ..failure },
+            Err(_) => Failure { value2: bits, ..failure },
+        },
+        qcow2::Error::BitmapDirectory(fault) => match fault.name() {
+            Some(place) => Failure { text: read_name(file, place), ..failure },
+            None => failure,
+        },
+        _ => failure,
+    }
+}
+
+fn read_name<F: BlockRead>(file: &F, place: qcow2::NameAt) -> Vec<u8> {
+    let mut name = alloc::vec![0; place.len.into()];
+    match file.read_at(place.offset, &mut name) {
+        Ok(()) => name,
+        Err(_) => Vec::new(),
     }
 }
 

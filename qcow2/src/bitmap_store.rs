@@ -91,7 +91,7 @@ impl<D: BlockWrite> Writer<D> {
             let part = &mut cluster[..(len - at).min(cluster_size) as usize];
             bits(at, part)?;
             if at + part.len() as u64 == len
-                && bit_count % 8 != 0
+                && !bit_count.is_multiple_of(8)
                 && let Some(last) = part.last_mut()
             {
                 *last &= (1 << (bit_count % 8)) - 1;

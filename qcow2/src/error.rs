@@ -153,6 +153,16 @@ pub enum DirectoryFault {
     TableSize(NameAt),
 }
 
+impl DirectoryFault {
+    /// The bitmap concerned, if it is one.
+    pub const fn name(self) -> Option<NameAt> {
+        match self {
+            Self::Constraints(name) | Self::Duplicate(name) | Self::Table(name) | Self::TableSize(name) => Some(name),
+            _ => None,
+        }
+    }
+}
+
 /// Where the name of a bitmap lies in the image file, for those who want to tell it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NameAt {

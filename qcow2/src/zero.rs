@@ -91,7 +91,7 @@ impl<D: BlockWrite> Writer<D> {
             let old = self.entry_in(table, guest)?;
             if matches!(old, L2Entry::Compressed { .. }) && !whole {
                 self.write_zero_bytes(offset, end.min(next) - offset)?;
-            } else if !(is_unallocated(old) && !self.has_backing()) {
+            } else if !is_unallocated(old) || self.has_backing() {
                 let new = if whole { self.zeroed_entry(old, mode) } else { with_zeroes(old, mask) };
                 self.replace(table, guest, old, new)?;
             }

@@ -48,8 +48,7 @@ pub fn qemu_io(dir: &Path, image: &str, commands: &[String]) {
 /// Runs to the end; a command that hangs is killed and fails the test.
 fn finish(command: &mut Command) -> Output {
     let shown = format!("{command:?}");
-    let mut child =
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect(&shown);
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect(&shown);
     let (mut out, mut err) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
     let out = std::thread::spawn(move || {
         let mut bytes = Vec::new();

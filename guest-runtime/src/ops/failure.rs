@@ -3,7 +3,7 @@
 use alloc::vec::Vec;
 
 use instar_blockio::{Error, ErrorKind, FileId};
-use instar_guest_protocol::message::{Cause, Failure, Field, Format, Step};
+use instar_guest_protocol::message::{BitmapFault, Cause, Failure, Field, Format, Step};
 use instar_qcow2 as qcow2;
 
 /// `errno` values that stand in where the device gave none.
@@ -67,7 +67,7 @@ pub fn qcow2_failure(step: Step, id: FileId, error: qcow2::Error) -> Failure {
         E::Encrypted(_) | E::EncryptedWrite => of(Cause::Encrypted),
         E::MarkedCorrupt => of(Cause::MarkedCorrupt),
         E::MarkedDirty => of(Cause::MarkedDirty),
-        E::SizeOverflow(size) => with(Cause::ImageTooBig, size),
+        E::SizeOverflow(size) => field(Field::SizeOverflow, size),
         E::RawFlagWithoutDataFile => field(Field::RawFlagWithoutDataFile, 0),
         E::HeaderTooLong(len) => field(Field::HeaderLength, len.into()),
         E::BackingOffset(at) => field(Field::BackingOffset, at),
@@ -89,9 +89,9 @@ pub fn qcow2_failure(step: Step, id: FileId, error: qcow2::Error) -> Failure {
         E::CryptoHeaderOffset(at) => field(Field::CryptoOffset, at),
         E::NoCryptoHeader => field(Field::CryptoMissing, 0),
         E::BitmapsExtension(fault) => bitmaps_field(fault, field),
-        E::BitmapDirectory(_) => field(Field::BitmapDirectory, 0),
+        E::BitmapDirectory(fault) => field(Field::BitmapDirectory, bitmap_fault(fault) as u64),
         E::SnapshotExtraData(number) => field(Field::SnapshotEntry, number.into()),
-        E::SnapshotTableTooBig(_) => field(Field::SnapshotTableSize, 0),
+        E::SnapshotTableTooBig(rest) => field(Field::SnapshotTableBytes, rest.into()),
         E::DataFileMissing => field(Field::DataFileMissing, 0),
         _ => of(Cause::Unsupported),
     }
@@ -112,6 +112,21 @@ fn table_offset(table: qcow2::Table) -> Field {
         qcow2::Table::SnapshotL1 => Field::SnapshotL1Offset,
         qcow2::Table::Refcount => Field::RefcountTableOffset,
         qcow2::Table::Snapshots => Field::SnapshotTableOffset,
+    }
+}
+
+fn bitmap_fault(fault: qcow2::DirectoryFault) -> BitmapFault {
+    use qcow2::DirectoryFault as D;
+    match fault {
+        D::Empty => BitmapFault::Empty,
+        D::Broken => BitmapFault::Broken,
+        D::MoreThanSaid => BitmapFault::MoreThanSaid,
+        D::FewerThanSaid => BitmapFault::FewerThanSaid,
+        D::ExtraData => BitmapFault::ExtraData,
+        D::Constraints(_) => BitmapFault::Constraints,
+        D::Duplicate(_) => BitmapFault::Duplicate,
+        D::Table(_) => BitmapFault::Table,
+        D::TableSize(_) => BitmapFault::TableSize,
     }
 }
 

@@ -109,7 +109,7 @@ fn open_sources<P: Platform>(platform: &P, request: &ConvertRequest) -> Result<V
 fn join(mut layers: Vec<Box<dyn Layer>>) -> Result<Box<dyn Layer>, Failure> {
     match layers.len() {
         // A single source of whole sectors needs no padding.
-        1 if layers[0].size() % SECTOR == 0 => Ok(layers.swap_remove(0)),
+        1 if layers[0].size().is_multiple_of(SECTOR) => Ok(layers.swap_remove(0)),
         _ => match Concat::new(layers) {
             Ok(concat) => Ok(Box::new(concat)),
             Err(_) => Err(failure(Step::Create, Cause::SizeTooLarge)),

@@ -107,7 +107,7 @@ impl Planner {
             _ => false,
         };
         let unit = self.rules.unit;
-        if !zero || self.rules.allocate_all || first.offset % unit != 0 {
+        if !zero || self.rules.allocate_all || !first.offset.is_multiple_of(unit) {
             return None;
         }
         let len = match first.len.min(MAX_ZERO_CHUNK) {
@@ -143,7 +143,7 @@ impl Planner {
     fn trim_tail(&self, extents: &mut Vec<Extent>) {
         while let [.., before, last] = extents.as_slice()
             && self.skips(last)
-            && before.end() % self.rules.unit == 0
+            && before.end().is_multiple_of(self.rules.unit)
         {
             extents.pop();
         }

@@ -28,11 +28,8 @@ impl RawTarget {
         counters: &Counters,
     ) -> Outcome<()> {
         let mut batch = Batch::default();
-        let direct = |extent: &Extent| match extent.kind {
-            ExtentKind::Data { .. } => true,
-            ExtentKind::Zero { .. } | ExtentKind::Unallocated => true,
-            _ => false,
-        };
+        // What the host can do by itself.
+        let direct = |extent: &Extent| !matches!(extent.kind, ExtentKind::Compressed(_));
         for extent in chunk.extents.iter().filter(|extent| direct(extent)) {
             batch.push(extent.offset, self.direct_request(extent, sparse, counters));
         }
