@@ -1,0 +1,98 @@
+//! Files that this run created: they are gone again unless the run succeeds, also when a signal ends it.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
+
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+static CREATED: Mutex<Vec<Created>> = Mutex::new(Vec::new());
+static WATCH: Once = Once::new();
+
+struct Created {
+    path: PathBuf,
+    identity: (u64, u64),
+}
+
+fn created() -> MutexGuard<'static, Vec<Created>> {
+    CREATED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Removes the files noted by [`note`](Self::note) when it is dropped, unless [`keep`](Self::keep) comes first.
+#[derive(Debug, Default)]
+pub struct Leftovers(());
+
+impl Leftovers {
+    /// Notes a file that has just been created.
+    pub fn note(&mut self, path: &Path, identity: (u64, u64)) {
+        // An absolute path: it must lead to the file whatever happens.
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        created().push(Created { path, identity });
+        WATCH.call_once(watch_signals);
+    }
+
+    /// The run succeeded.
+    pub fn keep(self) {
+        created().clear();
+    }
+}
+
+impl Drop for Leftovers {
+    fn drop(&mut self) {
+        remove_all();
+    }
+}
+
+/// Removes what is still the file that was created, and not one that took its name since.
+fn remove_all() {
+    for file in created().drain(..) {
+        let same = std::fs::symlink_metadata(&file.path)
+            .is_ok_and(|found| (found.dev(), found.ino()) == file.identity);
+        if same {
+            // It stays if the directory does not let it go; the error that ends the run is the one to tell.
+            let _ = std::fs::remove_file(&file.path);
+        }
+    }
+}
+
+/// From now on, a signal that ends the program removes the files first.
+fn watch_signals() {
+    let Ok(mut signals) = Signals::new([SIGHUP, SIGINT, SIGTERM]) else { return };
+    let watcher = move || {
+        if let Some(signal) = signals.forever().next() {
+            remove_all();
+            let _ = signal_hook::low_level::emulate_default_handler(signal);
+        }
+    };
+    // Without the thread a signal would be swallowed; better to fail than not to be stopped.
+    if std::thread::Builder::new().name("signals".to_owned()).spawn(watcher).is_err() {
+        std::process::abort();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_was_created_and_not_kept() {
+        let tmp = tempfile::tempdir().unwrap();
+        let [kept, dropped, swapped] = ["kept", "dropped", "swapped"].map(|name| tmp.path().join(name));
+        let create = |path: &Path| {
+            std::fs::write(path, b"").unwrap();
+            let stat = std::fs::metadata(path).unwrap();
+            (stat.dev(), stat.ino())
+        };
+        let mut leftovers = Leftovers::default();
+        leftovers.note(&kept, create(&kept));
+        leftovers.keep();
+        let mut leftovers = Leftovers::default();
+        leftovers.note(&dropped, create(&dropped));
+        leftovers.note(&swapped, create(&swapped));
+        std::fs::rename(&swapped, tmp.path().join("moved")).unwrap();
+        std::fs::write(&swapped, b"someone else's").unwrap();
+        drop(leftovers);
+        assert!(kept.exists() && !dropped.exists() && swapped.exists());
+    }
+}

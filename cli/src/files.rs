@@ -1,0 +1,331 @@
+//! The files of a run: which device is which file, who named it, and what went wrong with the ones that were asked for.
+
+use std::collections::BTreeMap;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use instar_guest_protocol::limits::MAX_CHAIN_DEPTH;
+use instar_guest_protocol::message::{FileRole, Format, OpenFile};
+
+use crate::confine::Confinement;
+use crate::image_opts::ImageSpec;
+use crate::lock::Purpose;
+use crate::open::{Opened, join_name, open_to_read};
+use crate::problem::{Problem, printable};
+use crate::sandbox::{Granted, Machine};
+
+/// Who named a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// The operator.
+    Operator,
+    /// The image on that device, as its backing file.
+    Backing(u32),
+    /// The image on that device, as its external data file.
+    Data(u32),
+}
+
+/// A granted file.
+#[derive(Debug)]
+pub struct Record {
+    /// Its name as QEMU composes it: not escaped if an image gave it.
+    pub name: String,
+    /// The open file.
+    pub file: Opened,
+    /// Who named it.
+    pub origin: Origin,
+    /// Its directory, free of symbolic links.
+    home: PathBuf,
+    /// Images from the one that the operator named to this one.
+    depth: usize,
+    /// The locks could not be taken, which matters only if the image is not raw.
+    pub lock_problem: Option<Problem>,
+}
+
+impl Record {
+    /// The name, fit for a message.
+    pub fn shown(&self) -> String {
+        match self.origin {
+            Origin::Operator => self.name.clone(),
+            _ => printable(self.name.as_bytes()),
+        }
+    }
+}
+
+/// A file that was asked for and not granted.
+#[derive(Clone, Debug)]
+pub struct Refusal {
+    /// Who asked: the device of the image that names it, none for targets.
+    pub referrer: Option<u32>,
+    /// As what.
+    pub role: FileRole,
+    /// What messages call the file.
+    pub shown: String,
+    /// Why not.
+    pub problem: Problem,
+}
+
+/// How files are opened.
+#[derive(Clone, Copy, Debug)]
+pub struct Access {
+    /// What for.
+    pub purpose: Purpose,
+    /// No locks.
+    pub force_share: bool,
+}
+
+/// The files of a run.
+#[derive(Debug, Default)]
+pub struct Files {
+    records: BTreeMap<u32, Record>,
+    confinement: Confinement,
+    refusal: Option<Refusal>,
+}
+
+impl Files {
+    /// No files yet.
+    pub fn new(confinement: Confinement) -> Self {
+        Self { confinement, ..Self::default() }
+    }
+
+    /// The file of a device.
+    pub fn get(&self, device: u32) -> Option<&Record> {
+        self.records.get(&device)
+    }
+
+    /// The last file that was refused.
+    pub fn refusal(&self) -> Option<&Refusal> {
+        self.refusal.as_ref()
+    }
+
+    /// Remembers why a file was refused.
+    pub fn refuse(&mut self, refusal: Refusal) {
+        self.refusal = Some(refusal);
+    }
+
+    /// Is one of the files that one?
+    pub fn contains(&self, identity: (u64, u64)) -> bool {
+        self.records.values().any(|record| record.file.stat.identity == identity)
+    }
+
+    /// Opens and grants an image that the operator named.
+    ///
+    /// # Errors
+    /// The message, without `Could not open 'F'` around it.
+    pub fn open_named(
+        &mut self,
+        machine: &mut dyn Machine,
+        spec: &ImageSpec,
+        access: Access,
+    ) -> Result<u32, Problem> {
+        let path = Path::new(&spec.file);
+        let mut file = open_to_read(path)?;
+        let lock_problem = match access.force_share || spec.force_share {
+            true => None,
+            false => take_locks(&mut file, access.purpose, spec.format, &spec.file)?,
+        };
+        let home = self.confinement.allow_home_of(path)?;
+        let granted = machine.grant(file.fd.as_fd(), false)?;
+        let record =
+            Record { name: spec.file.clone(), file, origin: Origin::Operator, home, depth: 1, lock_problem };
+        self.records.insert(granted.device, record);
+        Ok(granted.device)
+    }
+
+    /// Opens and grants what an image names, within the confinement; remembers why if it doesn't.
+    pub fn open_embedded(
+        &mut self,
+        machine: &mut dyn Machine,
+        wanted: &OpenFile,
+        access: Access,
+    ) -> Option<Granted> {
+        let name = match self.records.get(&wanted.referrer) {
+            Some(referrer) => join_name(&referrer.name, &String::from_utf8_lossy(&wanted.name)),
+            None => String::from_utf8_lossy(&wanted.name).into_owned(),
+        };
+        let shown = printable(name.as_bytes());
+        match self.try_embedded(machine, wanted, access, name, &shown) {
+            Ok(granted) => Some(granted),
+            Err(problem) => {
+                self.refuse(Refusal { referrer: Some(wanted.referrer), role: wanted.role(), shown, problem });
+                None
+            }
+        }
+    }
+
+    fn try_embedded(
+        &mut self,
+        machine: &mut dyn Machine,
+        wanted: &OpenFile,
+        access: Access,
+        name: String,
+        shown: &str,
+    ) -> Result<Granted, Problem> {
+        let origin = match wanted.role() {
+            FileRole::Backing => Origin::Backing(wanted.referrer),
+            FileRole::Data => Origin::Data(wanted.referrer),
+            _ => return Err(Problem::new("The sandbox asked for a file of an unknown kind")),
+        };
+        if wanted.writable {
+            return Err(Problem::new(format!(
+                "Could not open '{shown}': refused: only files that you name yourself are written"
+            )));
+        }
+        let Some(referrer) = self.records.get(&wanted.referrer) else {
+            return Err(Problem::new("The sandbox asked for a file in the name of an image that it does not have"));
+        };
+        if referrer.depth >= MAX_CHAIN_DEPTH {
+            return Err(Problem::new(format!("The backing chain is longer than {MAX_CHAIN_DEPTH} images")));
+        }
+        let depth = referrer.depth + 1;
+        let confined = self.confinement.open(&referrer.home, &wanted.name, shown)?;
+        if self.is_ancestor(wanted.referrer, confined.stat.identity) {
+            return Err(Problem::new(format!("The image refers to itself by way of '{shown}'")));
+        }
+        let mut file = Opened::new(confined.fd, confined.stat);
+        let lock_problem = match access.force_share {
+            true => None,
+            false => take_locks(&mut file, access.purpose, wanted.format(), shown)?,
+        };
+        let granted = machine.grant(file.fd.as_fd(), false)?;
+        self.records.insert(granted.device, Record { name, file, origin, home: confined.dir, depth, lock_problem });
+        Ok(granted)
+    }
+
+    /// Is the file one of the images on the way from the operator's image to `device`?
+    fn is_ancestor(&self, device: u32, identity: (u64, u64)) -> bool {
+        let mut at = Some(device);
+        while let Some(record) = at.and_then(|device| self.records.get(&device)) {
+            if record.file.stat.identity == identity {
+                return true;
+            }
+            at = match record.origin {
+                Origin::Operator => None,
+                Origin::Backing(of) | Origin::Data(of) => Some(of),
+            };
+        }
+        false
+    }
+
+    /// Puts a problem with the file `device` into the words of the image that the operator named: that image's device, and
+    /// the problem with one `Could not open backing file` for each step on the way.
+    pub fn seen_from_the_top(&self, device: u32, problem: Problem) -> (u32, Problem) {
+        let (mut device, mut problem) = (device, problem);
+        while let Some(record) = self.records.get(&device) {
+            match record.origin {
+                Origin::Operator => break,
+                Origin::Data(of) => device = of,
+                Origin::Backing(of) => {
+                    problem = problem.within("Could not open backing file");
+                    device = of;
+                }
+            }
+        }
+        (device, problem)
+    }
+
+    /// The last refusal in the words of the image that the operator named.
+    pub fn refusal_from_the_top(&self) -> Option<(u32, Problem)> {
+        let refusal = self.refusal.as_ref()?;
+        let problem = match refusal.role {
+            FileRole::Backing => refusal.problem.clone().within("Could not open backing file"),
+            _ => refusal.problem.clone(),
+        };
+        Some(self.seen_from_the_top(refusal.referrer?, problem))
+    }
+}
+
+/// Takes locks, as far as QEMU does: describing a raw image needs none, and until its format is known, a problem with them
+/// may turn out not to matter.
+fn take_locks(
+    file: &mut Opened,
+    purpose: Purpose,
+    format: Format,
+    name: &str,
+) -> Result<Option<Problem>, Problem> {
+    match (purpose, format) {
+        (Purpose::Describe, Format::Raw | Format::File) => Ok(None),
+        (Purpose::Describe, Format::Unknown) => Ok(file.lock(purpose, name).err()),
+        _ => file.lock(purpose, name).map(|()| None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::sandbox::fake::Script;
+
+    const READ: Access = Access { purpose: Purpose::Read, force_share: false };
+
+    fn wanted(referrer: u32, name: &str, role: FileRole) -> OpenFile {
+        OpenFile { role: role.into(), referrer, name: name.as_bytes().to_vec(), ..OpenFile::default() }
+    }
+
+    fn setup(names: &[&str]) -> (tempfile::TempDir, Files, Script) {
+        let tmp = tempfile::tempdir().unwrap();
+        for name in names {
+            fs::write(tmp.path().join(name), name.as_bytes()).unwrap();
+        }
+        (tmp, Files::default(), Script::default())
+    }
+
+    fn named(tmp: &tempfile::TempDir, name: &str) -> ImageSpec {
+        ImageSpec::of_file(tmp.path().join(name).to_str().unwrap(), None).unwrap()
+    }
+
+    #[test]
+    fn problems_are_told_from_the_top() {
+        let (tmp, mut files, mut machine) = setup(&["top", "mid"]);
+        let top = files.open_named(&mut machine, &named(&tmp, "top"), READ).unwrap();
+        let mid = files.open_embedded(&mut machine, &wanted(top, "mid", FileRole::Backing), READ).unwrap();
+        assert!(files.open_embedded(&mut machine, &wanted(mid.device, "miss", FileRole::Backing), READ).is_none());
+        let (device, problem) = files.refusal_from_the_top().unwrap();
+        assert_eq!(device, top);
+        assert_eq!(
+            problem.to_string(),
+            format!(
+                "Could not open backing file: Could not open backing file: Could not open '{}/miss': No such file or \
+                 directory",
+                tmp.path().display()
+            )
+        );
+        assert!(files.open_embedded(&mut machine, &wanted(mid.device, "miss", FileRole::Data), READ).is_none());
+        assert!(files.refusal_from_the_top().unwrap().1.to_string().starts_with("Could not open backing file: Could not open '/"));
+    }
+
+    #[test]
+    fn cycles_are_found_by_identity() {
+        let (tmp, mut files, mut machine) = setup(&["top", "mid"]);
+        fs::hard_link(tmp.path().join("top"), tmp.path().join("alias")).unwrap();
+        let top = files.open_named(&mut machine, &named(&tmp, "top"), READ).unwrap();
+        let mid = files.open_embedded(&mut machine, &wanted(top, "mid", FileRole::Backing), READ).unwrap();
+        assert!(files.open_embedded(&mut machine, &wanted(mid.device, "alias", FileRole::Backing), READ).is_none());
+        assert!(files.refusal().unwrap().problem.to_string().contains("refers to itself"));
+    }
+
+    #[test]
+    fn chains_have_an_end() {
+        let names: Vec<String> = (0..=MAX_CHAIN_DEPTH).map(|n| n.to_string()).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let (tmp, mut files, mut machine) = setup(&names);
+        let mut device = files.open_named(&mut machine, &named(&tmp, "0"), READ).unwrap();
+        for name in &names[1..MAX_CHAIN_DEPTH] {
+            device = files.open_embedded(&mut machine, &wanted(device, name, FileRole::Backing), READ).unwrap().device;
+        }
+        let last = wanted(device, names[MAX_CHAIN_DEPTH], FileRole::Backing);
+        assert!(files.open_embedded(&mut machine, &last, READ).is_none());
+        assert!(files.refusal().unwrap().problem.to_string().contains("longer than 200 images"));
+    }
+
+    #[test]
+    fn requests_that_make_no_sense_are_refused() {
+        let (tmp, mut files, mut machine) = setup(&["top", "x"]);
+        let top = files.open_named(&mut machine, &named(&tmp, "top"), READ).unwrap();
+        let writable = OpenFile { writable: true, ..wanted(top, "x", FileRole::Backing) };
+        for request in [wanted(7, "x", FileRole::Backing), wanted(top, "x", FileRole::Target), writable] {
+            assert!(files.open_embedded(&mut machine, &request, READ).is_none());
+        }
+    }
+}

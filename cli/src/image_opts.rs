@@ -1,0 +1,349 @@
+//! Which image the operator means: a file name with `-f`, an `--image-opts` list, or a `json:` file name.
+
+use instar_guest_protocol::message::Format;
+use serde_json::Value;
+
+use crate::formats::{self, Driver};
+use crate::messages;
+use crate::open;
+use crate::options::split;
+use crate::problem::Problem;
+
+/// An image that the operator named.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageSpec {
+    /// As typed; errors quote it.
+    pub given: String,
+    /// The file's name.
+    pub file: String,
+    /// The name under which it is described.
+    pub shown: String,
+    /// Its format; [`Format::Unknown`]: to be found out.
+    pub format: Format,
+    /// No locks are taken.
+    pub force_share: bool,
+    /// A key for an encrypted image was named.
+    pub has_key: bool,
+}
+
+impl ImageSpec {
+    /// An image by file name, with `-f` if given.
+    ///
+    /// # Errors
+    /// The message, complete.
+    pub fn of_file(name: &str, format: Option<&str>) -> Result<Self, Problem> {
+        let parsed = match name.strip_prefix("json:") {
+            Some(json) => parse_json(json).and_then(|mut keys| {
+                if let Some(format) = format {
+                    keys.push(("driver".to_owned(), format.to_owned()));
+                }
+                Self::of_keys(name, &keys)
+            }),
+            None => Self::plain(name, format),
+        };
+        parsed.map_err(|problem| problem.within(format!("Could not open '{name}'")))
+    }
+
+    /// An image by `--image-opts`.
+    ///
+    /// # Errors
+    /// The message, complete.
+    pub fn of_opts(opts: &str) -> Result<Self, Problem> {
+        let elements = split(opts);
+        let parsed = match elements.first() {
+            Some((name, None)) => Err(no_node(name)),
+            _ => {
+                let keys: Vec<(String, String)> =
+                    elements.into_iter().map(|(key, value)| (key, value.unwrap_or_else(|| "on".to_owned()))).collect();
+                Self::of_keys(opts, &keys)
+            }
+        };
+        parsed.map_err(|problem| problem.within(format!("Could not open '{opts}'")))
+    }
+
+    fn plain(name: &str, format: Option<&str>) -> Result<Self, Problem> {
+        let format = format.map_or(Ok(Format::Unknown), driver_format)?;
+        let path = open::path_of(name)?;
+        let file = path.display().to_string();
+        Ok(Self {
+            given: name.to_owned(),
+            shown: file.clone(),
+            file,
+            format,
+            force_share: false,
+            has_key: false,
+        })
+    }
+
+    fn of_keys(given: &str, keys: &[(String, String)]) -> Result<Self, Problem> {
+        let mut found = Keys::default();
+        for (key, value) in keys {
+            found.take(key, value)?;
+        }
+        found.finish(given)
+    }
+}
+
+/// What the keys of an image say.
+#[derive(Default)]
+struct Keys {
+    driver: Option<String>,
+    file_driver: Option<String>,
+    file_name: Option<String>,
+    has_file: bool,
+    own_name: Option<String>,
+    encryption: Vec<(String, String)>,
+    unshared: bool,
+    force_share: bool,
+    unknown: Option<String>,
+    unknown_of_file: Option<String>,
+    refused: Option<String>,
+}
+
+impl Keys {
+    fn take(&mut self, key: &str, value: &str) -> Result<(), Problem> {
+        match key {
+            "driver" => self.driver = Some(value.to_owned()),
+            "file" => return Err(no_node(value)),
+            "filename" => self.own_name = Some(value.to_owned()),
+            "force-share" => self.force_share |= switch(key, value)?,
+            _ if COMMON.contains(&key) => check_common(key, value)?,
+            _ => match key.strip_prefix("file.") {
+                Some(key) => {
+                    self.has_file = true;
+                    self.take_of_file(key, value)?;
+                }
+                None => self.take_of_format(key, value),
+            },
+        }
+        Ok(())
+    }
+
+    fn take_of_file(&mut self, key: &str, value: &str) -> Result<(), Problem> {
+        match key {
+            "driver" => self.file_driver = Some(value.to_owned()),
+            "filename" => self.file_name = Some(value.to_owned()),
+            "locking" => self.unshared |= value == "off",
+            "force-share" => self.force_share |= switch("file.force-share", value)?,
+            _ if COMMON.contains(&key) => check_common(key, value)?,
+            _ if OF_FILE.contains(&key) => {}
+            _ if key.starts_with("file.") => self.refused = Some(format!("file.{key}")),
+            _ => self.unknown_of_file = Some(key.to_owned()),
+        }
+        Ok(())
+    }
+
+    fn take_of_format(&mut self, key: &str, value: &str) {
+        if key.starts_with("encrypt.") || key == "key-secret" {
+            self.encryption.push((key.to_owned(), value.to_owned()));
+        } else if NOT_PROVIDED.contains(&key) || key.starts_with("data-file.") {
+            self.refused = Some(key.to_owned());
+        } else if !OF_QCOW2.contains(&key) && !key.starts_with("overlap-check") {
+            self.unknown = Some(key.to_owned());
+        }
+    }
+
+    fn finish(self, given: &str) -> Result<ImageSpec, Problem> {
+        let driver = self.driver.as_deref();
+        if driver.is_none() && !self.has_file {
+            return Err(Problem::new("Must specify either driver or file"));
+        }
+        let format = driver.map_or(Ok(Format::Unknown), driver_format)?;
+        let named = match format {
+            Format::File => self.own_name.as_deref(),
+            _ if !self.has_file => return Err(Problem::new("A block device must be specified for \"file\"")),
+            _ => self.file_name.as_deref(),
+        };
+        if let Some(below) = &self.file_driver {
+            match formats::driver(below) {
+                Some(Driver::Provided(Format::File)) => {}
+                Some(_) => return Err(Problem::new(format!("The driver '{below}' is not provided below a format"))),
+                None => return Err(unknown_driver(below)),
+            }
+        }
+        let file = named.filter(|name| !name.is_empty());
+        let file = file.ok_or_else(|| Problem::new("The 'file' block driver requires a file name"))?;
+        let format_name = driver.unwrap_or("raw");
+        let unknown = self.unknown.as_deref().or(self.own_name.as_deref().filter(|_| format != Format::File).and(Some("filename")));
+        if let Some(key) = unknown {
+            return Err(Problem::new(format!("Block format '{format_name}' does not support the option '{key}'")));
+        }
+        if let Some(key) = self.unknown_of_file {
+            return Err(Problem::new(format!("Block protocol 'file' doesn't support the option '{key}'")));
+        }
+        if let Some(key) = self.refused {
+            return Err(Problem::new(format!("The option '{key}' is not provided by this version")));
+        }
+        let has_key = self.encryption.iter().any(|(key, _)| key.ends_with("key-secret"));
+        Ok(ImageSpec {
+            given: given.to_owned(),
+            file: file.to_owned(),
+            shown: if has_key { json_name(&self.encryption, driver, file) } else { file.to_owned() },
+            format,
+            force_share: self.force_share || self.unshared,
+            has_key,
+        })
+    }
+}
+
+/// Runtime options of every node that make no difference to a program that reads or writes an image once.
+const COMMON: &[&str] = &[
+    "auto-read-only", "cache.direct", "cache.no-flush", "detect-zeroes", "discard", "node-name", "read-only",
+];
+/// Likewise of a file.
+const OF_FILE: &[&str] = &["aio", "aio-max-batch", "drop-cache", "pr-manager", "x-check-cache-dropped"];
+/// Likewise of qcow2.
+const OF_QCOW2: &[&str] = &[
+    "cache-clean-interval", "cache-size", "discard-no-unref", "l2-cache-entry-size", "l2-cache-size", "lazy-refcounts",
+    "pass-discard-other", "pass-discard-request", "pass-discard-snapshot", "refcount-cache-size",
+];
+/// Options of qemu-img that this version lacks.
+const NOT_PROVIDED: &[&str] = &["backing", "data-file", "offset", "size"];
+
+fn check_common(key: &str, value: &str) -> Result<(), Problem> {
+    match key {
+        "auto-read-only" | "cache.direct" | "cache.no-flush" | "read-only" => switch(key, value).map(|_| ()),
+        _ => Ok(()),
+    }
+}
+
+fn switch(key: &str, value: &str) -> Result<bool, Problem> {
+    match value {
+        "on" | "yes" | "true" | "y" => Ok(true),
+        "off" | "no" | "false" | "n" => Ok(false),
+        _ => Err(Problem::new(format!("Parameter '{key}' expects 'on' or 'off'"))),
+    }
+}
+
+fn no_node(name: &str) -> Problem {
+    Problem::new(format!("Cannot find device='{name}' nor node-name='{name}'"))
+}
+
+fn unknown_driver(name: &str) -> Problem {
+    Problem::new(format!("Unknown driver '{name}'"))
+}
+
+/// The format behind a driver name, as `-f` takes it.
+///
+/// # Errors
+/// `Unknown driver`, or a format that this version does not open.
+pub fn driver_format(name: &str) -> Result<Format, Problem> {
+    match formats::driver(name) {
+        Some(Driver::Provided(format)) => Ok(format),
+        Some(Driver::Known(format)) => Err(Problem::new(messages::not_provided(format))),
+        Some(Driver::Other) => Err(Problem::new(format!("The driver '{name}' is not provided by this version"))),
+        None => Err(unknown_driver(name)),
+    }
+}
+
+/// How QEMU names an image whose options do not fit into a file name.
+fn json_name(encryption: &[(String, String)], driver: Option<&str>, file: &str) -> String {
+    let quote = |text: &str| Value::from(text).to_string();
+    let mut members: Vec<String> =
+        encryption.iter().map(|(key, value)| format!("{}: {}", quote(key), quote(value))).collect();
+    if let Some(driver) = driver {
+        members.push(format!("\"driver\": {}", quote(driver)));
+    }
+    members.push(format!("\"file\": {{\"driver\": \"file\", \"filename\": {}}}", quote(file)));
+    format!("json:{{{}}}", members.join(", "))
+}
+
+/// Flattens the JSON of a `json:` name into dotted keys.
+fn parse_json(text: &str) -> Result<Vec<(String, String)>, Problem> {
+    let bad = |reason: String| Problem::new(format!("Could not parse the JSON options: {reason}"));
+    let value: Value = serde_json::from_str(text).map_err(|error| bad(format!("JSON parse error, {error}")))?;
+    let Value::Object(members) = value else { return Err(bad("JSON options must be a JSON object".to_owned())) };
+    let mut keys = Vec::new();
+    flatten("", members, &mut keys);
+    Ok(keys)
+}
+
+fn flatten(prefix: &str, members: serde_json::Map<String, Value>, keys: &mut Vec<(String, String)>) {
+    for (name, value) in members {
+        let key = format!("{prefix}{name}");
+        match value {
+            Value::Object(inner) => flatten(&format!("{key}."), inner, keys),
+            Value::Array(items) => {
+                let items = items.into_iter().enumerate().map(|(at, item)| (at.to_string(), item)).collect();
+                flatten(&format!("{key}."), items, keys);
+            }
+            Value::String(text) => keys.push((key, text)),
+            Value::Bool(on) => keys.push((key, if on { "on" } else { "off" }.to_owned())),
+            other => keys.push((key, other.to_string())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn opts(text: &str) -> Result<ImageSpec, String> {
+        ImageSpec::of_opts(text).map_err(|problem| problem.to_string())
+    }
+
+    #[test]
+    fn file_names() {
+        let spec = ImageSpec::of_file("file:a.raw", Some("raw")).unwrap();
+        assert_eq!((spec.file.as_str(), spec.shown.as_str(), spec.format), ("a.raw", "a.raw", Format::Raw));
+        assert_eq!(
+            ImageSpec::of_file("a", Some("nosuchfmt")).unwrap_err().to_string(),
+            "Could not open 'a': Unknown driver 'nosuchfmt'"
+        );
+        assert_eq!(
+            ImageSpec::of_file("nosuch:thing", None).unwrap_err().to_string(),
+            "Could not open 'nosuch:thing': Unknown protocol 'nosuch'"
+        );
+        assert!(ImageSpec::of_file("a", Some("vmdk")).unwrap_err().to_string().contains("not provided"));
+    }
+
+    #[test]
+    fn image_opts() {
+        let spec = opts("driver=qcow2,file.driver=file,file.filename=a,,b,read-only=on").unwrap();
+        assert_eq!((spec.file.as_str(), spec.format, spec.force_share), ("a,b", Format::Qcow2, false));
+        assert!(opts("driver=raw,file.filename=a,file.locking=off").unwrap().force_share);
+        assert_eq!(opts("file.filename=q").unwrap().format, Format::Unknown);
+        assert_eq!(opts("driver=file,filename=q").unwrap().format, Format::File);
+    }
+
+    #[test]
+    fn image_opts_that_are_refused() {
+        for (text, want) in [
+            ("a.raw", "Cannot find device='a.raw' nor node-name='a.raw'"),
+            ("driver=raw", "A block device must be specified for \"file\""),
+            ("driver=foo,file.filename=a", "Unknown driver 'foo'"),
+            ("driver=qcow2,file.filename=a,foo=1", "Block format 'qcow2' does not support the option 'foo'"),
+            ("driver=raw,filename=a,file.filename=a", "Block format 'raw' does not support the option 'filename'"),
+            ("driver=raw,file.filename=a,file.foo=1", "Block protocol 'file' doesn't support the option 'foo'"),
+            ("file.filename=a,file.driver=foo", "Unknown driver 'foo'"),
+            ("filename=a", "Must specify either driver or file"),
+            ("driver=raw,file.filename=", "The 'file' block driver requires a file name"),
+            ("driver=raw,file.filename=a,read-only=x", "Parameter 'read-only' expects 'on' or 'off'"),
+            ("driver=raw,file.filename=a,offset=512", "The option 'offset' is not provided by this version"),
+        ] {
+            assert_eq!(opts(text).unwrap_err(), format!("Could not open '{text}': {want}"));
+        }
+    }
+
+    #[test]
+    fn keys_make_a_json_name() {
+        let spec = opts("driver=qcow2,file.filename=q.qcow2,encrypt.key-secret=s").unwrap();
+        assert!(spec.has_key);
+        assert_eq!(
+            spec.shown,
+            r#"json:{"encrypt.key-secret": "s", "driver": "qcow2", "file": {"driver": "file", "filename": "q.qcow2"}}"#
+        );
+    }
+
+    #[test]
+    fn json_names() {
+        let name = r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"base.qcow2"}}"#;
+        let spec = ImageSpec::of_file(name, None).unwrap();
+        assert_eq!((spec.given.as_str(), spec.file.as_str(), spec.format), (name, "base.qcow2", Format::Qcow2));
+        assert!(ImageSpec::of_file("json:foo", None).unwrap_err().to_string().contains("Could not parse the JSON options"));
+        assert_eq!(
+            ImageSpec::of_file("json:{}", None).unwrap_err().to_string(),
+            "Could not open 'json:{}': Must specify either driver or file"
+        );
+    }
+}

@@ -1,0 +1,276 @@
+//! Opening the files that the operator names, and what is kept of every open file.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat};
+use rustix::io::Errno;
+
+use crate::lock::{self, Purpose};
+use crate::problem::Problem;
+
+/// What kind of file it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileKind {
+    /// A regular file.
+    Regular,
+    /// A block device.
+    Block,
+    /// A character device.
+    Character,
+    /// Directory, FIFO, socket.
+    Other,
+}
+
+/// Facts of an open file.
+#[derive(Clone, Copy, Debug)]
+pub struct Stat {
+    /// Its kind.
+    pub kind: FileKind,
+    /// Device and inode: two names of one file agree in this.
+    pub identity: (u64, u64),
+    /// Length, bytes; 0 for devices.
+    pub len: u64,
+    /// Bytes of disk that it takes.
+    pub allocated: u64,
+}
+
+impl Stat {
+    /// Asks the system.
+    ///
+    /// # Errors
+    /// As `fstat`.
+    pub fn of(file: BorrowedFd<'_>) -> Result<Self, Errno> {
+        let stat = fstat(file)?;
+        let kind = match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => FileKind::Regular,
+            FileType::BlockDevice => FileKind::Block,
+            FileType::CharacterDevice => FileKind::Character,
+            _ => FileKind::Other,
+        };
+        Ok(Self {
+            kind,
+            identity: (stat.st_dev, stat.st_ino),
+            len: u64::try_from(stat.st_size).unwrap_or(0),
+            allocated: u64::try_from(stat.st_blocks).unwrap_or(0).saturating_mul(512),
+        })
+    }
+}
+
+/// An open file with its locks, which end with it.
+#[derive(Debug)]
+pub struct Opened {
+    /// The file.
+    pub fd: OwnedFd,
+    /// Facts of when it was opened.
+    pub stat: Stat,
+    /// Locks were taken.
+    locked: bool,
+}
+
+impl Opened {
+    /// Keeps an open file.
+    pub fn new(fd: OwnedFd, stat: Stat) -> Self {
+        Self { fd, stat, locked: false }
+    }
+
+    /// Takes locks; `name` is what messages call the file.
+    ///
+    /// # Errors
+    /// Another process holds a lock against it.
+    pub fn lock(&mut self, purpose: Purpose, name: &str) -> Result<(), Problem> {
+        self.locked = true;
+        lock::acquire(self.fd.as_fd(), purpose, name)
+    }
+}
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        // The monitor process may live on for a moment with the same open file; the next command must not see its locks.
+        if self.locked {
+            lock::release(self.fd.as_fd());
+        }
+    }
+}
+
+/// The path that a file name stands for: `file:` is taken off, other protocols are refused.
+///
+/// # Errors
+/// The message, without the file's name around it.
+pub fn path_of(name: &str) -> Result<PathBuf, Problem> {
+    let path = match protocol(name) {
+        None => name,
+        Some("file") => &name["file:".len()..],
+        Some("host_device") => &name["host_device:".len()..],
+        Some(known) if PROTOCOLS.contains(&known) => {
+            return Err(Problem::new(format!("Protocol '{known}' is not provided: images are opened as files only")));
+        }
+        Some(unknown) => return Err(Problem::new(format!("Unknown protocol '{unknown}'"))),
+    };
+    match path.is_empty() {
+        true => Err(Problem::new("The 'file' block driver requires a file name")),
+        false => Ok(PathBuf::from(path)),
+    }
+}
+
+/// What stands before the first colon, unless a slash comes first.
+fn protocol(name: &str) -> Option<&str> {
+    let end = name.find([':', '/'])?;
+    name[end..].starts_with(':').then(|| &name[..end])
+}
+
+/// Protocols of qemu-img that are no plain files.
+const PROTOCOLS: &[&str] = &[
+    "blkdebug", "blklogwrites", "blkverify", "fat", "ftp", "ftps", "gluster", "gluster+rdma", "gluster+tcp",
+    "gluster+unix", "host_cdrom", "http", "https", "iscsi", "iser", "json", "nbd", "nbd+tcp", "nbd+unix", "nfs",
+    "null-aio", "null-co", "nvme", "rbd", "ssh", "zeroinit",
+];
+
+/// Opens a file for reading that the operator named.
+///
+/// # Errors
+/// The message, `Could not open 'F': …` where the system refused.
+pub fn open_to_read(path: &Path) -> Result<Opened, Problem> {
+    open_existing(path, OFlags::RDONLY)
+}
+
+/// Opens an existing file for writing.
+///
+/// # Errors
+/// As [`open_to_read`].
+pub fn open_to_write(path: &Path) -> Result<Opened, Problem> {
+    open_existing(path, OFlags::RDWR)
+}
+
+fn open_existing(path: &Path, mode: OFlags) -> Result<Opened, Problem> {
+    let name = path.display().to_string();
+    // Non-blocking, so that a FIFO is recognised instead of waited for. Files and block devices don't care.
+    let flags = mode | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let not_regular = || Problem::new(format!("'file' driver requires '{name}' to be a regular file"));
+    let fd = match openat(CWD, path, flags, Mode::empty()) {
+        Ok(fd) => fd,
+        Err(Errno::ISDIR) => return Err(not_regular()),
+        Err(errno) => return Err(Problem::file("open", &name, errno)),
+    };
+    let stat = Stat::of(fd.as_fd()).map_err(|errno| Problem::file("open", &name, errno))?;
+    match stat.kind {
+        FileKind::Regular | FileKind::Block => Ok(Opened::new(fd, stat)),
+        FileKind::Character | FileKind::Other => Err(not_regular()),
+    }
+}
+
+/// A file to be written from the start.
+#[derive(Debug)]
+pub struct Created {
+    /// The file, locked and empty.
+    pub file: Opened,
+    /// It did not exist before.
+    pub new: bool,
+}
+
+/// Creates a file, or opens and empties the one that is there; locks it first.
+///
+/// # Errors
+/// `Could not create 'F': …`, or the lock's message. A file that was created by this call is then gone again.
+pub fn create(path: &Path, shown: &str) -> Result<Created, Problem> {
+    let failed = |errno| Problem::file("create", &path.display().to_string(), errno);
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let mode = Mode::from_raw_mode(0o644);
+    let (fd, new) = match openat(CWD, path, flags | OFlags::EXCL, mode) {
+        Ok(fd) => (fd, true),
+        // Without EXCL a dangling link is created through, as qemu-img does; it counts as there before.
+        Err(Errno::EXIST) => (openat(CWD, path, flags, mode).map_err(failed)?, false),
+        Err(errno) => return Err(failed(errno)),
+    };
+    let stat = Stat::of(fd.as_fd()).map_err(failed)?;
+    let mut file = Opened::new(fd, stat);
+    match stat.kind {
+        FileKind::Regular | FileKind::Block => {}
+        FileKind::Character | FileKind::Other => {
+            let name = path.display();
+            return Err(Problem::new(format!("'file' driver requires '{name}' to be a regular file")));
+        }
+    }
+    file.lock(Purpose::Write, shown)?;
+    if stat.kind == FileKind::Regular {
+        rustix::fs::ftruncate(file.fd.as_fd(), 0).map_err(|errno| {
+            Problem::new(format!("Could not resize file: {}", crate::problem::os_text(errno.raw_os_error())))
+        })?;
+    }
+    Ok(Created { file, new })
+}
+
+/// The name of `name` as seen from where the image `from` is named: QEMU's way of joining, which is by text.
+pub fn join_name(from: &str, name: &str) -> String {
+    let has_protocol = protocol(name).is_some();
+    match from.rfind('/') {
+        Some(end) if !has_protocol && !name.starts_with('/') => format!("{}{name}", &from[..=end]),
+        _ => name.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_joined_by_text() {
+        assert_eq!(join_name("sub/rel.qcow2", "../base.qcow2"), "sub/../base.qcow2");
+        assert_eq!(join_name("top.qcow2", "mid.qcow2"), "mid.qcow2");
+        assert_eq!(join_name("sub/a", "/abs/b"), "/abs/b");
+        assert_eq!(join_name("sub/a", "nbd:x"), "nbd:x");
+        assert_eq!(join_name("/a/b", "c"), "/a/c");
+    }
+
+    #[test]
+    fn protocols() {
+        assert_eq!(path_of("a/b:c").unwrap(), Path::new("a/b:c"));
+        assert_eq!(path_of("./nbd:foo").unwrap(), Path::new("./nbd:foo"));
+        assert_eq!(path_of("file:x").unwrap(), Path::new("x"));
+        assert_eq!(path_of("nosuch:thing").unwrap_err().to_string(), "Unknown protocol 'nosuch'");
+        assert!(path_of("nbd:x").unwrap_err().to_string().contains("not provided"));
+        assert_eq!(path_of("").unwrap_err().to_string(), "The 'file' block driver requires a file name");
+    }
+
+    #[test]
+    fn existing_files() {
+        let tmp = tempfile::tempdir().unwrap();
+        let dir = tmp.path().to_str().unwrap();
+        assert_eq!(
+            open_to_read(tmp.path()).unwrap_err().to_string(),
+            format!("'file' driver requires '{dir}' to be a regular file")
+        );
+        let missing = tmp.path().join("none");
+        assert_eq!(
+            open_to_read(&missing).unwrap_err().to_string(),
+            format!("Could not open '{dir}/none': No such file or directory")
+        );
+        let fifo = tmp.path().join("fifo");
+        rustix::fs::mknodat(CWD, &fifo, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        assert!(open_to_read(&fifo).unwrap_err().to_string().contains("regular file"));
+    }
+
+    #[test]
+    fn creating_keeps_an_existing_file_and_empties_it() {
+        let tmp = tempfile::tempdir().unwrap();
+        let path = tmp.path().join("f");
+        let created = create(&path, "f").unwrap();
+        assert!(created.new);
+        drop(created);
+        std::fs::write(&path, b"old").unwrap();
+        let created = create(&path, "f").unwrap();
+        assert!(!created.new);
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), 0);
+        assert_eq!(create(&path, "f").unwrap_err().to_string().lines().next(), Some("Failed to get \"write\" lock"));
+    }
+
+    #[test]
+    fn a_locked_file_is_not_emptied() {
+        let tmp = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(tmp.path(), b"content").unwrap();
+        let mut reader = open_to_read(tmp.path()).unwrap();
+        reader.lock(Purpose::Read, "f").unwrap();
+        assert!(create(tmp.path(), "f").is_err());
+        assert_eq!(std::fs::read(tmp.path()).unwrap(), b"content");
+    }
+}

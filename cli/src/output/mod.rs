@@ -1,0 +1,7 @@
+//! How results look.
+
+pub mod human;
+pub mod json;
+pub mod node;
+pub mod progress;
+pub mod report;

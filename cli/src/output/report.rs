@@ -1,0 +1,346 @@
+//! `info`: what is told of each image.
+
+use instar_guest_protocol::message::{Bitmap, Format, ImageInfo, LuksInfo, Qcow2Info, Snapshot};
+
+use super::human;
+use super::node::Node;
+use crate::formats;
+use crate::open::{FileKind, Stat, join_name};
+use crate::problem::printable;
+
+/// An image and the file it is in.
+#[derive(Debug)]
+pub struct Described<'a> {
+    /// What the guest found.
+    pub info: &'a ImageInfo,
+    /// The name under which the image is described, not escaped.
+    pub shown: &'a str,
+    /// The file's name, not escaped.
+    pub file: &'a str,
+    /// The file.
+    pub stat: Stat,
+    /// The file's length, bytes (devices have one too).
+    pub file_len: u64,
+    /// Added to what qemu-img tells, if asked for.
+    pub extra: Vec<(&'static str, Node)>,
+}
+
+/// QEMU counts in sectors.
+const SECTOR: u64 = 512;
+
+fn whole_sectors(bytes: u64) -> u64 {
+    bytes.checked_next_multiple_of(SECTOR).unwrap_or(bytes)
+}
+
+impl Described<'_> {
+    fn format(&self) -> Format {
+        self.info.format()
+    }
+
+    /// Described as a file, not as an image in a file.
+    fn is_file(&self) -> bool {
+        self.format() == Format::File
+    }
+
+    fn format_name(&self) -> &'static str {
+        match (self.is_file(), self.stat.kind) {
+            (true, FileKind::Block) => "host_device",
+            (true, _) => "file",
+            _ => formats::name(self.format()),
+        }
+    }
+
+    fn protocol(&self) -> &'static str {
+        match self.stat.kind {
+            FileKind::Block => "host_device",
+            _ => "file",
+        }
+    }
+
+    fn virtual_size(&self) -> u64 {
+        whole_sectors(self.info.virtual_size)
+    }
+
+    /// Name of the backing file from where the program runs.
+    fn full_backing(&self) -> Option<(String, String)> {
+        let stored = String::from_utf8_lossy(self.info.backing_file.as_deref()?).into_owned();
+        Some((join_name(self.file, &stored), stored))
+    }
+
+    /// For people.
+    pub fn human(&self) -> String {
+        let size = |bytes| format!("{} ({bytes} bytes)", human::size(bytes));
+        let mut out = String::new();
+        let mut line = |key: &str, value: &str| out.push_str(&format!("{key}: {value}\n"));
+        line("image", self.shown);
+        line("file format", self.format_name());
+        line("virtual size", &size(self.virtual_size()));
+        line("disk size", &human::size(self.stat.allocated));
+        if self.info.encrypted {
+            line("encrypted", "yes");
+        }
+        if let Some(cluster_size) = self.info.cluster_size {
+            line("cluster_size", &cluster_size.to_string());
+        }
+        if self.info.dirty {
+            line("cleanly shut down", "no");
+        }
+        if let Some((full, stored)) = self.full_backing() {
+            let actual = match full == stored {
+                true => String::new(),
+                false => format!(" (actual path: {})", printable(full.as_bytes())),
+            };
+            line("backing file", &format!("{}{actual}", printable(stored.as_bytes())));
+        }
+        if let Some(format) = &self.info.backing_format {
+            line("backing file format", &printable(format));
+        }
+        if !self.info.snapshots.is_empty() {
+            out.push_str("Snapshot list:\n");
+            out.push_str(&human::snapshots(&self.info.snapshots, &local_time));
+        }
+        if let Some((_, members)) = self.format_specific() {
+            out.push_str("Format specific information:\n");
+            out.push_str(&human::tree(&members, 1));
+        }
+        if !self.is_file() {
+            out.push_str("Child node '/file':\n");
+            out.push_str(&format!(
+                "    filename: {}\n    protocol type: {}\n    file length: {}\n    disk size: {}\n",
+                printable(self.file.as_bytes()),
+                self.protocol(),
+                size(whole_sectors(self.file_len)),
+                human::size(self.stat.allocated),
+            ));
+        }
+        for (key, value) in &self.extra {
+            out.push_str(&human::tree(&[(key, value.clone())], 0));
+        }
+        out
+    }
+
+    /// As JSON.
+    pub fn node(&self) -> Node {
+        let mut members = Vec::new();
+        let mut put = |key, value| members.push((key, value));
+        put("children", Node::List(if self.is_file() { Vec::new() } else { vec![self.child()] }));
+        if !self.info.snapshots.is_empty() {
+            put("snapshots", Node::List(self.info.snapshots.iter().map(snapshot).collect()));
+        }
+        if let Some(format) = &self.info.backing_format {
+            put("backing-filename-format", Node::bytes(format));
+        }
+        put("virtual-size", Node::Int(self.virtual_size()));
+        put("filename", Node::text(self.shown));
+        if let Some(cluster_size) = self.info.cluster_size {
+            put("cluster-size", Node::Int(cluster_size));
+        }
+        put("format", Node::text(self.format_name()));
+        put("actual-size", Node::Int(self.stat.allocated));
+        if self.is_file() {
+            put("format-specific", file_specific());
+        } else if let Some((kind, data)) = self.format_specific() {
+            put(
+                "format-specific",
+                Node::Dict(vec![("type", Node::text(kind)), ("data", Node::Dict(data))]),
+            );
+        }
+        if let Some((full, stored)) = self.full_backing() {
+            put("full-backing-filename", Node::Text(full));
+            put("backing-filename", Node::Text(stored));
+        }
+        if self.info.encrypted {
+            put("encrypted", Node::Bool(true));
+        }
+        put("dirty-flag", Node::Bool(self.info.dirty));
+        members.extend(self.extra.iter().cloned());
+        Node::Dict(members)
+    }
+
+    fn child(&self) -> Node {
+        let mut info = vec![
+            ("children", Node::List(Vec::new())),
+            ("virtual-size", Node::Int(whole_sectors(self.file_len))),
+            ("filename", Node::text(self.file)),
+            ("format", Node::text(self.protocol())),
+            ("actual-size", Node::Int(self.stat.allocated)),
+        ];
+        if self.stat.kind == FileKind::Regular {
+            info.push(("format-specific", file_specific()));
+        }
+        info.push(("dirty-flag", Node::Bool(false)));
+        Node::Dict(vec![("name", Node::text("file")), ("info", Node::Dict(info))])
+    }
+
+    fn format_specific(&self) -> Option<(&'static str, Vec<(&'static str, Node)>)> {
+        self.info.qcow2.as_ref().map(|info| ("qcow2", qcow2(info)))
+    }
+}
+
+fn file_specific() -> Node {
+    Node::Dict(vec![("type", Node::text("file")), ("data", Node::Dict(Vec::new()))])
+}
+
+fn snapshot(snapshot: &Snapshot) -> Node {
+    const SECOND: u64 = 1_000_000_000;
+    let mut members = Vec::new();
+    if let Some(icount) = snapshot.icount {
+        members.push(("icount", Node::Int(icount)));
+    }
+    members.extend([
+        ("vm-clock-nsec", Node::Int(snapshot.vm_clock_nsec % SECOND)),
+        ("name", Node::bytes(&snapshot.name)),
+        ("date-sec", Node::Int(snapshot.date_sec.into())),
+        ("date-nsec", Node::Int(snapshot.date_nsec.into())),
+        ("vm-clock-sec", Node::Int(snapshot.vm_clock_nsec / SECOND)),
+        ("id", Node::bytes(&snapshot.id)),
+        ("vm-state-size", Node::Int(snapshot.vm_state_size)),
+    ]);
+    Node::Dict(members)
+}
+
+fn qcow2(info: &Qcow2Info) -> Vec<(&'static str, Node)> {
+    let old = info.version < 3;
+    let mut members = vec![
+        ("compat", Node::text(if old { "0.10" } else { "1.1" })),
+        ("compression-type", Node::text(if info.zstd { "zstd" } else { "zlib" })),
+    ];
+    if !old {
+        members.push(("lazy-refcounts", Node::Bool(info.lazy_refcounts)));
+        if !info.bitmaps.is_empty() {
+            members.push(("bitmaps", Node::List(info.bitmaps.iter().map(bitmap).collect())));
+        }
+    }
+    members.push(("refcount-bits", Node::Int(info.refcount_bits.into())));
+    if let Some(header) = &info.luks {
+        members.push(("encrypt", Node::Dict(luks(header))));
+    } else if info.aes {
+        members.push(("encrypt", Node::Dict(vec![("format", Node::text("aes"))])));
+    }
+    if !old {
+        if let Some(name) = &info.data_file {
+            members.push(("data-file", Node::bytes(name)));
+        }
+        if info.has_data_file {
+            members.push(("data-file-raw", Node::Bool(info.data_file_raw)));
+        }
+        members.push(("corrupt", Node::Bool(info.corrupt)));
+        members.push(("extended-l2", Node::Bool(info.extended_l2)));
+    }
+    members
+}
+
+fn bitmap(bitmap: &Bitmap) -> Node {
+    let flags = [(bitmap.in_use, "in-use"), (bitmap.auto, "auto")];
+    let flags = flags.into_iter().filter(|(set, _)| *set).map(|(_, name)| Node::text(name)).collect();
+    Node::Dict(vec![
+        ("flags", Node::List(flags)),
+        ("name", Node::bytes(&bitmap.name)),
+        ("granularity", Node::Int(bitmap.granularity)),
+    ])
+}
+
+/// A LUKS header inside qcow2, in QEMU's words for ciphers and modes.
+fn luks(header: &LuksInfo) -> Vec<(&'static str, Node)> {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let mode = text(&header.cipher_mode);
+    // `cbc-essiv:sha256`: mode, generator of initial vectors, and its hash.
+    let (mode, ivgen) = mode.split_once('-').unwrap_or((&mode, ""));
+    let (ivgen, ivgen_hash) = ivgen.split_once(':').map_or((ivgen, None), |(alg, hash)| (alg, Some(hash)));
+    // A key for XTS is two keys.
+    let key_bytes = if mode == "xts" { header.key_bytes / 2 } else { header.key_bytes };
+    let mut members = vec![("ivgen-alg", Node::text(ivgen))];
+    if let Some(hash) = ivgen_hash {
+        members.push(("ivgen-hash-alg", Node::text(hash)));
+    }
+    let slots = header.slots.iter().map(|slot| {
+        let mut members = vec![("active", Node::Bool(slot.active))];
+        if slot.active {
+            members.push(("iters", Node::Int(slot.iterations.into())));
+        }
+        members.push(("key-offset", Node::Int(slot.key_offset)));
+        if slot.active {
+            members.push(("stripes", Node::Int(slot.stripes.into())));
+        }
+        Node::Dict(members)
+    });
+    members.extend([
+        ("detached-header", Node::Bool(false)),
+        ("hash-alg", Node::text(text(&header.hash))),
+        ("cipher-alg", Node::text(format!("{}-{}", text(&header.cipher_name), u64::from(key_bytes) * 8))),
+        ("uuid", Node::bytes(&header.uuid)),
+        ("format", Node::text("luks")),
+        ("cipher-mode", Node::text(mode)),
+        ("slots", Node::List(slots.collect())),
+        ("payload-offset", Node::Int(header.payload_offset)),
+        ("master-key-iters", Node::Int(header.digest_iterations.into())),
+    ]);
+    members
+}
+
+/// A date and time in the time zone of the user.
+fn local_time(seconds: u32) -> String {
+    let Ok(stamp) = jiff::Timestamp::from_second(seconds.into()) else { return String::new() };
+    stamp.to_zoned(jiff::tz::TimeZone::system()).strftime("%Y-%m-%d %H:%M:%S").to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::output::json;
+
+    const STAT: Stat = Stat { kind: FileKind::Regular, identity: (0, 0), len: 1000, allocated: 4096 };
+
+    fn described<'a>(info: &'a ImageInfo, file: &'a str) -> Described<'a> {
+        Described { info, shown: file, file, stat: STAT, file_len: STAT.len, extra: Vec::new() }
+    }
+
+    #[test]
+    fn raw() {
+        let info = ImageInfo { format: Format::Raw.into(), virtual_size: 1000, ..ImageInfo::default() };
+        assert_eq!(
+            described(&info, "a").human(),
+            "image: a\nfile format: raw\nvirtual size: 1 KiB (1024 bytes)\ndisk size: 4 KiB\nChild node '/file':\n    \
+             filename: a\n    protocol type: file\n    file length: 1 KiB (1024 bytes)\n    disk size: 4 KiB\n"
+        );
+    }
+
+    #[test]
+    fn file() {
+        let info = ImageInfo { format: Format::File.into(), ..ImageInfo::default() };
+        assert!(!described(&info, "a").human().contains("Child node"));
+        assert!(json::print(&described(&info, "a").node()).starts_with("{\n    \"children\": [\n    ],\n"));
+    }
+
+    #[test]
+    fn backing_names_are_joined_and_escaped() {
+        let info = ImageInfo {
+            format: Format::Qcow2.into(),
+            backing_file: Some(b"../b\x1b".to_vec()),
+            backing_format: Some(b"qcow2".to_vec()),
+            ..ImageInfo::default()
+        };
+        assert!(
+            described(&info, "sub/a")
+                .human()
+                .contains("backing file: ../b\\x1b (actual path: sub/../b\\x1b)\nbacking file format: qcow2\n")
+        );
+        let json = json::print(&described(&info, "sub/a").node());
+        assert!(json.contains("\"full-backing-filename\": \"sub/../b\\u001B\",\n    \"backing-filename\": \"../b\\u001B\""));
+    }
+
+    #[test]
+    fn luks_modes() {
+        let header = |mode: &str, key_bytes| LuksInfo {
+            cipher_name: b"aes".to_vec(),
+            cipher_mode: mode.as_bytes().to_vec(),
+            key_bytes,
+            ..LuksInfo::default()
+        };
+        let text = human::tree(&luks(&header("xts-plain64", 64)), 0);
+        assert!(text.contains("ivgen alg: plain64\ndetached header: false\n"));
+        assert!(text.contains("cipher alg: aes-256\n") && text.contains("cipher mode: xts\n"));
+        let text = human::tree(&luks(&header("cbc-essiv:sha256", 32)), 0);
+        assert!(text.contains("ivgen alg: essiv\nivgen hash alg: sha256\n") && text.contains("cipher alg: aes-256\n"));
+    }
+}

@@ -1,0 +1,334 @@
+//! A run of a guest program: requests in, calls out.
+
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+
+use instar_guest_protocol::message::{
+    Call, Failure, OpenAnswer, OpenFile, Progress, Reply, Request, call, reply,
+};
+use instar_vmm::{Error, Event, Sandbox, Settings};
+use prost::Message;
+
+use crate::problem::Problem;
+
+pub use instar_vmm::Granted;
+
+/// The limits that the operator sets.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Ceiling of guest memory, bytes.
+    pub memory: u64,
+    /// The run may take no longer.
+    pub timeout: Option<Duration>,
+    /// vCPUs, if the operator wants a certain number.
+    pub threads: Option<u32>,
+    /// Tell about the inside of a crash.
+    pub debug: bool,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { memory: 256 << 20, timeout: None, threads: None, debug: false }
+    }
+}
+
+/// A metadata operation that makes no step for this long has met an image made to keep it busy.
+const STALL: Duration = Duration::from_secs(10);
+/// Moving data waits for storage, which may be slow.
+const STALL_OF_DATA: Duration = Duration::from_secs(120);
+
+/// What kind of work it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// Headers and tables.
+    Metadata,
+    /// The contents of disks, by so many vCPUs.
+    Data(u32),
+}
+
+impl Limits {
+    fn settings(&self, work: Work) -> Settings {
+        let (vcpus, stall) = match work {
+            Work::Metadata => (1, STALL),
+            Work::Data(vcpus) => (vcpus, STALL_OF_DATA),
+        };
+        Settings { vcpus, memory: self.memory, stall, time_limit: self.timeout, debug: self.debug }
+    }
+}
+
+/// The machine that a guest runs in.
+pub trait Machine {
+    /// Gives the guest a file.
+    ///
+    /// # Errors
+    /// The machine could not be made, or is gone.
+    fn grant(&mut self, file: BorrowedFd<'_>, writable: bool) -> Result<Granted, Problem>;
+
+    /// Starts the guest.
+    ///
+    /// # Errors
+    /// As [`grant`](Self::grant).
+    fn start(&mut self, request: &[u8]) -> Result<(), Problem>;
+
+    /// The next message; `None` at the end of the run.
+    ///
+    /// # Errors
+    /// The guest crashed, stalled or broke a rule.
+    fn next_message(&mut self) -> Result<Option<Incoming>, Problem>;
+
+    /// Answers the last message.
+    ///
+    /// # Errors
+    /// As [`grant`](Self::grant).
+    fn answer(&mut self, answer: &[u8]) -> Result<(), Problem>;
+}
+
+/// A message of the guest: untrusted bytes.
+#[derive(Debug)]
+pub struct Incoming {
+    /// The bytes.
+    pub bytes: Vec<u8>,
+    /// It waits for an answer.
+    pub expects_answer: bool,
+}
+
+/// The virtual machine, in its own process.
+#[derive(Debug)]
+pub struct Vm {
+    sandbox: Sandbox,
+}
+
+impl Vm {
+    /// Starts the process that makes the machine. The program must not have started threads yet.
+    ///
+    /// # Errors
+    /// The process could not be started.
+    pub fn spawn(guest: &'static [u8], limits: &Limits, work: Work) -> Result<Self, Problem> {
+        let sandbox = Sandbox::spawn(guest, &limits.settings(work)).map_err(|error| problem(&error))?;
+        Ok(Self { sandbox })
+    }
+}
+
+impl Machine for Vm {
+    fn grant(&mut self, file: BorrowedFd<'_>, writable: bool) -> Result<Granted, Problem> {
+        self.sandbox.grant(file, writable).map_err(|error| problem(&error))
+    }
+
+    fn start(&mut self, request: &[u8]) -> Result<(), Problem> {
+        self.sandbox.start(request).map_err(|error| problem(&error))
+    }
+
+    fn next_message(&mut self) -> Result<Option<Incoming>, Problem> {
+        match self.sandbox.next_event() {
+            Ok(Event::Message { bytes, expects_answer }) => Ok(Some(Incoming { bytes, expects_answer })),
+            Ok(Event::Exited(_)) => Ok(None),
+            Err(error) => Err(problem(&error)),
+        }
+    }
+
+    fn answer(&mut self, answer: &[u8]) -> Result<(), Problem> {
+        self.sandbox.answer(answer).map_err(|error| problem(&error))
+    }
+}
+
+/// An error of the machine, in one line.
+fn problem(error: &Error) -> Problem {
+    match error {
+        Error::GuestCrashed { registers: None, .. } => {
+            Problem::new("The sandboxed parser crashed on this image (--debug-guest tells more)")
+        }
+        Error::GuestCrashed { .. } => Problem::new(format!("The sandboxed parser crashed on this image: {error}")),
+        Error::GuestPanicked { log } => Problem::new(format!(
+            "The sandboxed parser gave up on this image: {}",
+            crate::problem::printable(log.trim_ascii())
+        )),
+        Error::Stalled => Problem::new("The image takes too long to parse: the sandbox makes no progress"),
+        Error::TimedOut => Problem::new("The operation takes longer than --timeout allows"),
+        Error::TooLittleMemory { needed, .. } => {
+            Problem::new(format!("--max-guest-memory is too low: the sandbox needs {needed} bytes"))
+        }
+        Error::TooManyFiles => Problem::new("Too many files for one operation"),
+        other => Problem::new(format!("Sandbox: {other}")),
+    }
+}
+
+/// What the host does for a guest.
+pub trait Host {
+    /// Opens and grants a file, if the policy allows.
+    fn open(&mut self, machine: &mut dyn Machine, wanted: &OpenFile) -> Option<Granted>;
+
+    /// Takes note of progress.
+    fn progress(&mut self, progress: &Progress);
+
+    /// Takes note of progress, and delays the work to keep a rate.
+    fn pace(&mut self, progress: &Progress);
+
+    /// Tells the user something.
+    fn warning(&mut self, warning: &Failure);
+}
+
+/// Files that a guest may ask for in vain.
+const MAX_REFUSALS: usize = 1024;
+
+/// Runs a request to its end.
+///
+/// # Errors
+/// The guest ended without a result, or said something that is no message.
+pub fn run(machine: &mut dyn Machine, request: &Request, host: &mut dyn Host) -> Result<reply::Result, Problem> {
+    machine.start(&request.encode_to_vec())?;
+    let mut refusals = 0;
+    let mut result = None;
+    while let Some(incoming) = machine.next_message()? {
+        let call = Call::decode(incoming.bytes.as_slice()).ok().and_then(|call| call.kind);
+        let Some(call) = call.filter(|_| result.is_none()) else { return Err(garbled()) };
+        let answer = match call {
+            call::Kind::Open(wanted) => {
+                let granted = host.open(machine, &wanted);
+                refusals += usize::from(granted.is_none());
+                if refusals > MAX_REFUSALS {
+                    return Err(garbled());
+                }
+                open_answer(granted).encode_to_vec()
+            }
+            call::Kind::Pace(progress) => {
+                host.pace(&progress);
+                Vec::new()
+            }
+            call::Kind::Progress(progress) => {
+                host.progress(&progress);
+                Vec::new()
+            }
+            call::Kind::Warning(warning) => {
+                host.warning(&warning);
+                Vec::new()
+            }
+            call::Kind::Done(Reply { result: done }) => {
+                result = done;
+                Vec::new()
+            }
+        };
+        if incoming.expects_answer {
+            machine.answer(&answer)?;
+        }
+    }
+    result.ok_or_else(garbled)
+}
+
+fn open_answer(granted: Option<Granted>) -> OpenAnswer {
+    match granted {
+        Some(file) => {
+            OpenAnswer { granted: true, device: file.device, len: file.len, flags: file.flags.bits() }
+        }
+        None => OpenAnswer::default(),
+    }
+}
+
+fn garbled() -> Problem {
+    Problem::new("The sandboxed parser sent something that makes no sense")
+}
+
+#[cfg(test)]
+pub mod fake {
+    //! A machine that plays a script.
+
+    use std::collections::VecDeque;
+
+    use super::*;
+
+    /// Gives out device numbers and prepared messages.
+    #[derive(Default)]
+    pub struct Script {
+        granted: u32,
+        /// What the guest says.
+        pub calls: VecDeque<Vec<u8>>,
+        /// What it was answered.
+        pub answers: Vec<Vec<u8>>,
+    }
+
+    impl Machine for Script {
+        fn grant(&mut self, _: BorrowedFd<'_>, writable: bool) -> Result<Granted, Problem> {
+            let device = self.granted;
+            self.granted += 1;
+            let flags =
+                if writable { instar_vmm::DeviceFlags::WRITABLE } else { instar_vmm::DeviceFlags::empty() };
+            Ok(Granted { device, len: 0, flags })
+        }
+
+        fn start(&mut self, _: &[u8]) -> Result<(), Problem> {
+            Ok(())
+        }
+
+        fn next_message(&mut self) -> Result<Option<Incoming>, Problem> {
+            let bytes = self.calls.pop_front();
+            Ok(bytes.map(|bytes| {
+                let open = Call::decode(bytes.as_slice())
+                    .is_ok_and(|call| matches!(call.kind, Some(call::Kind::Open(_))));
+                Incoming { bytes, expects_answer: open }
+            }))
+        }
+
+        fn answer(&mut self, answer: &[u8]) -> Result<(), Problem> {
+            self.answers.push(answer.to_vec());
+            Ok(())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use instar_guest_protocol::message::InfoReply;
+
+    use super::fake::Script;
+    use super::*;
+
+    #[derive(Default)]
+    struct Deaf {
+        asked: usize,
+        warned: usize,
+    }
+
+    impl Host for Deaf {
+        fn open(&mut self, _: &mut dyn Machine, _: &OpenFile) -> Option<Granted> {
+            self.asked += 1;
+            None
+        }
+        fn progress(&mut self, _: &Progress) {}
+        fn pace(&mut self, _: &Progress) {}
+        fn warning(&mut self, _: &Failure) {
+            self.warned += 1;
+        }
+    }
+
+    fn script(calls: &[call::Kind]) -> Script {
+        let encode = |kind: &call::Kind| Call { kind: Some(kind.clone()) }.encode_to_vec();
+        Script { calls: calls.iter().map(encode).collect(), ..Script::default() }
+    }
+
+    fn done() -> call::Kind {
+        call::Kind::Done(Reply { result: Some(reply::Result::Info(InfoReply { images: Vec::new() })) })
+    }
+
+    #[test]
+    fn a_run() {
+        let mut machine =
+            script(&[call::Kind::Open(OpenFile::default()), call::Kind::Warning(Failure::default()), done()]);
+        let mut host = Deaf::default();
+        let result = run(&mut machine, &Request::default(), &mut host).unwrap();
+        assert!(matches!(result, reply::Result::Info(_)));
+        assert_eq!((host.asked, host.warned), (1, 1));
+        assert_eq!(machine.answers, [OpenAnswer::default().encode_to_vec()]);
+    }
+
+    #[test]
+    fn nonsense_ends_the_run() {
+        for mut machine in [
+            script(&[]),
+            script(&[done(), done()]),
+            script(&[call::Kind::Done(Reply { result: None })]),
+            Script { calls: [vec![0xff; 40]].into(), ..Script::default() },
+            script(&vec![call::Kind::Open(OpenFile::default()); MAX_REFUSALS + 1]),
+        ] {
+            assert!(run(&mut machine, &Request::default(), &mut Deaf::default()).is_err());
+        }
+    }
+}
