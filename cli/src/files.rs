@@ -103,9 +103,15 @@ impl Files {
         self.refusal = Some(refusal);
     }
 
-    /// Is one of the files that one?
-    pub fn contains(&self, identity: (u64, u64)) -> bool {
-        self.records.values().any(|record| record.file.stat.identity == identity)
+    /// Would a file be opened that the image on `device` names?
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn judge(&self, device: u32, name: &[u8], shown: &str) -> Result<(), Problem> {
+        match self.records.get(&device) {
+            Some(record) => self.confinement.open(&record.home, name, shown).map(|_| ()),
+            None => Err(Problem::new("No such image")),
+        }
     }
 
     /// Opens and grants an image that the operator named.

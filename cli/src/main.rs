@@ -1,3 +1,112 @@
-//! instar
+//! instar: a drop-in replacement for `qemu-img` that never parses an image on the host.
+//!
+//! ```text
+//!  args ─► commands ─► files, confine, lock (what may be opened)
+//!             │    └─► sandbox ─► instar-vmm ─► the guest, which parses
+//!             └─► output, messages (what the user sees)
+//! ```
 #![forbid(unsafe_code)]
-fn main() {}
+
+mod args;
+mod chain;
+mod cleanup;
+mod commands;
+mod confine;
+mod files;
+mod formats;
+mod guest;
+mod image_opts;
+mod lock;
+mod messages;
+mod open;
+mod options;
+mod output;
+mod problem;
+mod program;
+mod safety;
+mod sandbox;
+mod size;
+mod target;
+
+use std::process::ExitCode;
+
+use args::{Key, Operands, Opt};
+use commands::Settings;
+use program::{Fail, Outcome, Program, print};
+
+/// Options before the command.
+const OPTIONS: &[Opt] = &[
+    Opt::flag(Key::Help, b'h', "help"),
+    Opt::flag(Key::Version, b'V', "version"),
+    Opt::value(Key::Trace, b'T', "trace"),
+];
+
+/// What `qemu-img --version` says; callers parse it.
+const QEMU_IMG_VERSION: &str = "qemu-img version 10.0.2 (Debian 1:10.0.2+ds-2+deb13u1~bpo12+1)\nCopyright (c) 2003-2025 \
+                                Fabrice Bellard and the QEMU Project developers\n";
+
+fn main() -> ExitCode {
+    let mut args = std::env::args_os().map(|arg| arg.to_string_lossy().into_owned());
+    let program = Program::new(args.next().unwrap_or_default());
+    let args: Vec<String> = args.collect();
+    let (outcome, command) = run(&program, &args);
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(fail) => {
+            program.report(&fail, command.as_deref());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs the program; also tells the command, once it is known to be one.
+fn run(program: &Program, args: &[String]) -> (Outcome, Option<String>) {
+    let mut settings = Settings::from_environment();
+    let mut table = OPTIONS.to_vec();
+    if !program.is_qemu_img() {
+        table.extend_from_slice(commands::OWN);
+    }
+    let parsed = args::parse(&table, args, Operands::EndOptions);
+    for found in &parsed.options {
+        match found {
+            (Key::Help, _) => return (print(&help(program)), None),
+            (Key::Version, _) => return (print(&version(program)), None),
+            (Key::Trace, pattern) => {
+                let pattern = pattern.as_deref().unwrap_or_default();
+                program.warn(&format!("trace event '{pattern}' does not exist"));
+            }
+            _ => {
+                if let Err(fail) = settings.take(found) {
+                    return (Err(fail), None);
+                }
+            }
+        }
+    }
+    if let Some(complaint) = parsed.error {
+        return (Err(Fail::Getopt(complaint)), None);
+    }
+    let Some((name, rest)) = parsed.operands.split_first() else {
+        return (Err(Fail::Usage("Not enough arguments".to_owned())), None);
+    };
+    match commands::run(program, settings, name, rest) {
+        Some(outcome) => (outcome, Some(name.clone())),
+        None => (Err(Fail::Usage(format!("Command not found: {name}"))), None),
+    }
+}
+
+fn version(program: &Program) -> String {
+    match program.is_qemu_img() {
+        true => QEMU_IMG_VERSION.to_owned(),
+        false => format!(
+            "instar version {} (does as qemu-img 10.0.2 does)\nCopyright (c) the instar developers\n",
+            env!("CARGO_PKG_VERSION")
+        ),
+    }
+}
+
+fn help(program: &Program) -> String {
+    match program.is_qemu_img() {
+        true => include_str!("commands/help/qemu-img.txt").to_owned(),
+        false => format!("{}{}", version(program), include_str!("commands/help/instar.txt")),
+    }
+}

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat};
 use rustix::io::Errno;
 
+use crate::cleanup::Leftovers;
 use crate::lock::{self, Purpose};
 use crate::problem::Problem;
 
@@ -159,20 +160,11 @@ fn open_existing(path: &Path, mode: OFlags) -> Result<Opened, Problem> {
     }
 }
 
-/// A file to be written from the start.
-#[derive(Debug)]
-pub struct Created {
-    /// The file, locked and empty.
-    pub file: Opened,
-    /// It did not exist before.
-    pub new: bool,
-}
-
-/// Creates a file, or opens and empties the one that is there; locks it first.
+/// Creates a file, or opens and empties the one that is there; locks it first. A new one is noted among the `leftovers`.
 ///
 /// # Errors
-/// `Could not create 'F': …`, or the lock's message. A file that was created by this call is then gone again.
-pub fn create(path: &Path, shown: &str) -> Result<Created, Problem> {
+/// `Could not create 'F': …`, or the lock's message.
+pub fn create(path: &Path, shown: &str, leftovers: &mut Leftovers) -> Result<Opened, Problem> {
     let failed = |errno| Problem::file("create", &path.display().to_string(), errno);
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
     let mode = Mode::from_raw_mode(0o644);
@@ -183,6 +175,9 @@ pub fn create(path: &Path, shown: &str) -> Result<Created, Problem> {
         Err(errno) => return Err(failed(errno)),
     };
     let stat = Stat::of(fd.as_fd()).map_err(failed)?;
+    if new {
+        leftovers.note(path, stat.identity);
+    }
     let mut file = Opened::new(fd, stat);
     match stat.kind {
         FileKind::Regular | FileKind::Block => {}
@@ -197,7 +192,7 @@ pub fn create(path: &Path, shown: &str) -> Result<Created, Problem> {
             Problem::new(format!("Could not resize file: {}", crate::problem::os_text(errno.raw_os_error())))
         })?;
     }
-    Ok(Created { file, new })
+    Ok(file)
 }
 
 /// The name of `name` as seen from where the image `from` is named: QEMU's way of joining, which is by text.
@@ -251,26 +246,16 @@ mod tests {
     }
 
     #[test]
-    fn creating_keeps_an_existing_file_and_empties_it() {
-        let tmp = tempfile::tempdir().unwrap();
-        let path = tmp.path().join("f");
-        let created = create(&path, "f").unwrap();
-        assert!(created.new);
-        drop(created);
-        std::fs::write(&path, b"old").unwrap();
-        let created = create(&path, "f").unwrap();
-        assert!(!created.new);
-        assert_eq!(std::fs::metadata(&path).unwrap().len(), 0);
-        assert_eq!(create(&path, "f").unwrap_err().to_string().lines().next(), Some("Failed to get \"write\" lock"));
-    }
-
-    #[test]
     fn a_locked_file_is_not_emptied() {
         let tmp = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(tmp.path(), b"content").unwrap();
         let mut reader = open_to_read(tmp.path()).unwrap();
         reader.lock(Purpose::Read, "f").unwrap();
-        assert!(create(tmp.path(), "f").is_err());
+        let refused = create(tmp.path(), "f", &mut Leftovers::default()).unwrap_err();
+        assert_eq!(refused.to_string().lines().next(), Some("Failed to get \"write\" lock"));
         assert_eq!(std::fs::read(tmp.path()).unwrap(), b"content");
+        drop(reader);
+        create(tmp.path(), "f", &mut Leftovers::default()).unwrap();
+        assert_eq!(std::fs::read(tmp.path()).unwrap(), b"");
     }
 }

@@ -1,0 +1,611 @@
+//! `convert`.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use instar_guest_protocol::message::{
+    Backing, Cause, ConvertRequest, Failure, FileRole, Format, OpenFile, Preallocation, Progress, Request,
+    SnapshotSelector, Source, Step, Target, reply, request,
+};
+
+use super::{CommandLine, Objects, Settings};
+use crate::args::{Key, Opt};
+use crate::files::{Access, Files, Refusal};
+use crate::formats;
+use crate::image_opts::ImageSpec;
+use crate::lock::Purpose;
+use crate::open::{Opened, join_name};
+use crate::options::{self, Creatable, OptionList, Options, split};
+use crate::output::progress::ProgressLine;
+use crate::problem::{Problem, os_text};
+use crate::program::{Fail, Outcome, Program, print};
+use crate::sandbox::{self, Granted, Host, Limits, Machine, Vm, Work};
+use crate::size;
+use crate::target::{Layout, NewTarget, creatable, open_existing};
+use crate::{guest, messages};
+
+/// qemu-img's options, in getopt's order.
+const OPTIONS: &[Opt] = &[
+    Opt::flag(Key::Help, b'h', "help"),
+    Opt::flag(Key::Quiet, b'q', "quiet"),
+    Opt::long_value(Key::Object, "object"),
+    Opt::long_flag(Key::ImageOpts, "image-opts"),
+    Opt::long_flag(Key::ImageOpts, "source-image-opts"),
+    Opt::value(Key::Format, b'f', "source-format"),
+    Opt::value(Key::SourceCache, b'T', "source-cache"),
+    Opt::value(Key::Snapshot, b'l', "snapshot"),
+    Opt::value(Key::SparseSize, b'S', "sparse-size"),
+    Opt::value(Key::TargetFormat, b'O', "output-format"),
+    Opt::value(Key::Options, b'o', "options"),
+    Opt::value(Key::TargetCache, b't', "output-cache"),
+    Opt::value(Key::Backing, b'B', "backing"),
+    Opt::value(Key::BackingFormat, b'F', "backing-format"),
+    Opt::flag(Key::ForceShare, b'U', "force-share"),
+    Opt::long_flag(Key::TargetImageOpts, "target-image-opts"),
+    Opt::long_flag(Key::Salvage, "salvage"),
+    Opt::long_flag(Key::TargetIsZero, "target-is-zero"),
+    Opt::long_flag(Key::Bitmaps, "bitmaps"),
+    Opt::long_flag(Key::SkipBrokenBitmaps, "skip-broken-bitmaps"),
+    Opt::value(Key::Rate, b'r', "rate"),
+    Opt::value(Key::Parallel, b'm', "parallel"),
+    Opt::flag(Key::OutOfOrder, b'W', "oob-writes"),
+    Opt::flag(Key::CopyRange, b'C', "copy-range-offloading"),
+    Opt::short_flag(Key::Progress, b'p'),
+    Opt::short_flag(Key::Compress, b'c'),
+    Opt::short_flag(Key::NoCreate, b'n'),
+];
+
+/// Zero runs of this many bytes stay unallocated, if `-S` does not say otherwise.
+const DEFAULT_SPARSE_SIZE: u64 = 4096;
+/// vCPUs, if neither `-m` nor `--threads` says otherwise and the machine has as many.
+const DEFAULT_PARALLEL: u64 = 8;
+/// The most that `-m` takes.
+const MAX_PARALLEL: u64 = 16;
+
+/// The command line.
+#[derive(Debug, Default)]
+struct Arguments {
+    format: Option<String>,
+    image_opts: bool,
+    snapshot: Option<SnapshotSelector>,
+    target_format: Option<String>,
+    target_image_opts: bool,
+    options: OptionList,
+    backing: Option<String>,
+    backing_format: Option<String>,
+    source_cache: Option<String>,
+    target_cache: Option<String>,
+    sparse_size: Option<u64>,
+    parallel: Option<u64>,
+    rate: u64,
+    compress: bool,
+    no_create: bool,
+    target_is_zero: bool,
+    bitmaps: bool,
+    skip_broken_bitmaps: bool,
+    copy_range: bool,
+    salvage: bool,
+    force_share: bool,
+    progress: bool,
+    quiet: bool,
+    objects: Objects,
+}
+
+impl Arguments {
+    fn take(&mut self, program: &Program, key: Key, value: String) -> Result<(), Fail> {
+        match key {
+            Key::Quiet => self.quiet = true,
+            Key::Object => self.objects.add(&value)?,
+            Key::ImageOpts => self.image_opts = true,
+            Key::Format => self.format = Some(value),
+            Key::SourceCache => self.source_cache = Some(value),
+            Key::Snapshot => self.snapshot = Some(snapshot_selector(program, &value)?),
+            Key::SparseSize => self.sparse_size = Some(size::parse_sparse_size(&value)?),
+            Key::TargetFormat => self.target_format = Some(value),
+            Key::Options => self.options.add(&value)?,
+            Key::TargetCache => self.target_cache = Some(value),
+            Key::Backing => self.backing = Some(value),
+            Key::BackingFormat => self.backing_format = Some(value),
+            Key::ForceShare => self.force_share = true,
+            Key::TargetImageOpts => self.target_image_opts = true,
+            Key::Salvage => self.salvage = true,
+            Key::TargetIsZero => self.target_is_zero = true,
+            Key::Bitmaps => self.bitmaps = true,
+            Key::SkipBrokenBitmaps => self.skip_broken_bitmaps = true,
+            Key::Rate => self.rate = size::parse_named("rate limit", &value, 0, i64::MAX as u64)?,
+            Key::Parallel => {
+                self.parallel = Some(size::parse_count("number of coroutines", &value, 1, MAX_PARALLEL)?);
+            }
+            Key::CopyRange => self.copy_range = true,
+            Key::Progress => self.progress = true,
+            Key::Compress => self.compress = true,
+            Key::NoCreate => self.no_create = true,
+            // Order of writes: the guest's own business here.
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// What contradicts itself whatever the images are.
+    fn check(&self) -> Result<(), Fail> {
+        let complaints = [
+            (self.target_image_opts && !self.no_create, "--target-image-opts requires use of -n flag"),
+            (self.no_create && !self.options.is_empty(), "-o has no effect when skipping image creation"),
+            (self.target_is_zero && !self.no_create, "--target-is-zero requires use of -n flag"),
+            (
+                self.copy_range && self.sparse_size.is_some(),
+                "Cannot enable copy offloading when -S is used",
+            ),
+            (self.copy_range && self.compress, "Cannot enable copy offloading when -c is used"),
+            (
+                self.image_opts && self.format.is_some()
+                    || self.target_image_opts && self.target_format.is_some(),
+                "--image-opts and --format are mutually exclusive",
+            ),
+            (
+                self.skip_broken_bitmaps && !self.bitmaps,
+                "Use of --skip-broken-bitmaps requires --bitmaps",
+            ),
+        ];
+        match complaints.iter().find(|(applies, _)| *applies) {
+            Some((_, text)) => Err(Fail::from(*text)),
+            None => Ok(()),
+        }
+    }
+
+    fn target_format(&self) -> &str {
+        self.target_format.as_deref().unwrap_or("raw")
+    }
+
+    fn access(&self) -> Access {
+        Access { purpose: Purpose::Read, force_share: self.force_share }
+    }
+
+    fn source(&self, name: &str) -> Result<ImageSpec, Problem> {
+        match self.image_opts {
+            true => ImageSpec::of_opts(name),
+            false => ImageSpec::of_file(name, self.format.as_deref()),
+        }
+    }
+
+    fn threads(&self, limits: &Limits) -> u32 {
+        let cpus = thread::available_parallelism().map_or(1, |cpus| cpus.get() as u64);
+        limits.threads.unwrap_or_else(|| cpus.min(self.parallel.unwrap_or(DEFAULT_PARALLEL)) as u32)
+    }
+
+    /// Is the target to be on disk before success is reported? That's so for all cache modes but the default, `unsafe`.
+    fn flushes(&self) -> bool {
+        self.target_cache.as_deref().is_some_and(|mode| mode != "unsafe")
+    }
+}
+
+/// `-l`: an id or else a name; or both, spelled out.
+fn snapshot_selector(program: &Program, text: &str) -> Result<SnapshotSelector, Fail> {
+    let mut selector = SnapshotSelector::default();
+    if !text.starts_with("snapshot.") {
+        selector.id_or_name = text.as_bytes().to_vec();
+        return Ok(selector);
+    }
+    for (key, value) in split(text) {
+        let value = value.unwrap_or_default().into_bytes();
+        match key.as_str() {
+            "snapshot.id" => selector.id = value,
+            "snapshot.name" => selector.name = value,
+            _ => {
+                program.report(&Fail::from(format!("Invalid parameter '{key}'")), None);
+                return Err(format!("Failed in parsing snapshot param '{text}'").into());
+            }
+        }
+    }
+    Ok(selector)
+}
+
+fn is_cache_mode(mode: &str) -> bool {
+    matches!(mode, "none" | "off" | "writeback" | "writethrough" | "directsync" | "unsafe")
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// What the user is told.
+pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcome {
+    let mut arguments = Arguments::default();
+    let line = CommandLine::parse(program, OPTIONS, &[], args);
+    let help = include_str!("help/convert.txt");
+    let operands = line.walk(&mut settings, help, |key, value| arguments.take(program, key, value))?;
+    let Some(operands) = operands else { return Ok(()) };
+    arguments.check()?;
+    if arguments.options.wants_help() {
+        let format = creatable(arguments.target_format())?;
+        return print(&options::help(format, operands.len() > 1));
+    }
+    let Some((target, sources)) = operands.split_last().filter(|(_, sources)| !sources.is_empty()) else {
+        return Err("Must specify image file name".into());
+    };
+    if let Some(mode) = arguments.source_cache.as_deref().filter(|mode| !is_cache_mode(mode)) {
+        return Err(format!("Invalid source cache option: {mode}").into());
+    }
+    let mut progress = ProgressLine::start(arguments.progress && !arguments.quiet);
+    let converted = convert(program, &settings, &arguments, sources, target, &mut progress);
+    if let Err(fail) = converted {
+        // Before the line feed that ends the progress line, as qemu-img does.
+        program.report(&fail, Some("convert"));
+        return Err(Fail::Said);
+    }
+    progress.complete();
+    Ok(())
+}
+
+fn convert(
+    program: &Program,
+    settings: &Settings,
+    arguments: &Arguments,
+    sources: &[String],
+    target: &str,
+    progress: &mut ProgressLine,
+) -> Outcome {
+    let threads = arguments.threads(&settings.limits);
+    let sources = sources.iter().map(|name| arguments.source(name)).collect::<Result<Vec<ImageSpec>, Problem>>()?;
+    let mut machine = Vm::spawn(guest::CONVERT, &settings.limits, Work::Data(threads))?;
+    let mut files = Files::new(settings.confinement()?);
+    let devices = open_sources(&mut files, &mut machine, arguments, &sources)?;
+    if arguments.bitmaps && sources.len() > 1 {
+        return Err("Copying bitmaps only possible with single source".into());
+    }
+    if arguments.snapshot.is_some() && sources.len() > 1 {
+        return Err("No support for concatenating multiple snapshot".into());
+    }
+    // What is wrong with the target is told once the sources are known to be good: when the guest asks for it.
+    let plan = Plan::new(arguments, sources.len(), target);
+    let mut wire = plan.as_ref().map_or_else(|_| Target::default(), |plan| plan.wire.clone());
+    let mut late = None;
+    if let (Some(backing), Ok(plan)) = (&mut wire.backing, &plan)
+        && let Some(spec) = &plan.backing
+    {
+        match files.open_named(&mut machine, spec, arguments.access()) {
+            Ok(device) => backing.image = Some(Source { device, format: spec.format.into(), snapshot: None }),
+            Err(problem) => late = Some(problem.within("Could not open backing file")),
+        }
+    }
+    let operation = request::Operation::Convert(ConvertRequest {
+        sources: sources
+            .iter()
+            .zip(&devices)
+            .map(|(spec, device)| Source {
+                device: *device,
+                format: spec.format.into(),
+                snapshot: arguments.snapshot.clone(),
+            })
+            .collect(),
+        compress: arguments.compress && plan.is_ok(),
+        target: match plan.is_ok() {
+            true => wire,
+            false => Target { format: Format::Raw.into(), ..Target::default() },
+        },
+        sparse_bytes: arguments.sparse_size.unwrap_or(DEFAULT_SPARSE_SIZE),
+        target_is_zero: arguments.target_is_zero,
+        salvage: arguments.salvage,
+        bitmaps: arguments.bitmaps,
+        skip_broken_bitmaps: arguments.skip_broken_bitmaps,
+        threads,
+        progress: arguments.progress && !arguments.quiet,
+        rate_limit: arguments.rate,
+        flush: arguments.flushes(),
+    });
+    let mut host = ConvertHost {
+        program,
+        files,
+        sources: &sources,
+        devices,
+        access: arguments.access(),
+        plan,
+        late,
+        existing: None,
+        progress,
+        pace: Pace { rate: arguments.rate, since: Instant::now() },
+    };
+    let result = sandbox::run(&mut machine, &Request { operation: Some(operation) }, &mut host);
+    // The machine goes first: nothing may write a file that is removed.
+    drop(machine);
+    match result? {
+        reply::Result::Convert(_) => {
+            if let Ok(Plan { new: Some(new), .. }) = host.plan {
+                new.complete();
+            }
+            Ok(())
+        }
+        reply::Result::Failure(failure) => Err(Fail::Message(host.problem(&failure))),
+        _ => Err("The sandboxed parser sent something that makes no sense".into()),
+    }
+}
+
+fn open_sources(
+    files: &mut Files,
+    machine: &mut dyn Machine,
+    arguments: &Arguments,
+    sources: &[ImageSpec],
+) -> Result<Vec<u32>, Problem> {
+    let open = |spec: &ImageSpec| {
+        let device = files.open_named(machine, spec, arguments.access());
+        device.map_err(|problem| problem.within(format!("Could not open '{}'", spec.given)))
+    };
+    sources.iter().map(open).collect()
+}
+
+/// The target, checked as far as that is possible without looking into an image.
+struct Plan {
+    /// Its name as typed.
+    given: String,
+    format: Format,
+    wire: Target,
+    /// It is to be created.
+    new: Option<NewTarget>,
+    /// Told before it is created.
+    early: Option<Problem>,
+    /// It exists, and this is it.
+    existing: Option<ImageSpec>,
+    /// The backing image that it gets.
+    backing: Option<ImageSpec>,
+}
+
+impl Plan {
+    fn new(arguments: &Arguments, source_count: usize, target: &str) -> Result<Self, Problem> {
+        let plan = match arguments.no_create {
+            true => Self::of_existing(arguments, target)?,
+            false => Self::of_new(arguments, source_count, target)?,
+        };
+        if let Some(mode) = arguments.target_cache.as_deref().filter(|mode| !is_cache_mode(mode)) {
+            return Err(Problem::new(format!("Invalid cache option: {mode}")));
+        }
+        if arguments.compress && plan.format != Format::Qcow2 {
+            return Err(Problem::new("Compression not supported for this file format"));
+        }
+        if arguments.bitmaps && plan.format != Format::Qcow2 {
+            let text = format!("Format driver '{}' does not support bitmaps", formats::name(plan.format));
+            return Err(Problem::new(text));
+        }
+        Ok(plan)
+    }
+
+    fn of_existing(arguments: &Arguments, target: &str) -> Result<Self, Problem> {
+        let spec = match arguments.target_image_opts {
+            true => ImageSpec::of_opts(target)?,
+            false => ImageSpec::of_file(target, Some(arguments.target_format()))?,
+        };
+        let within = |text: &str| Problem::new(text).within(format!("Could not open '{}'", spec.given));
+        if arguments.force_share || spec.force_share {
+            return Err(within("force-share=on can only be used with read-only images"));
+        }
+        let format = match spec.format {
+            Format::Unknown => return Err(within("The format of an image that is written must be given (driver=)")),
+            Format::File => Format::Raw,
+            format => format,
+        };
+        let wire = Target { format: format.into(), existing: true, ..Target::default() };
+        Ok(Self {
+            given: target.to_owned(),
+            format,
+            wire,
+            new: None,
+            early: None,
+            existing: Some(spec),
+            backing: None,
+        })
+    }
+
+    fn of_new(arguments: &Arguments, source_count: usize, target: &str) -> Result<Self, Problem> {
+        let name = arguments.target_format();
+        let kind = creatable(name)?;
+        let format = match kind {
+            Creatable::Raw => Format::Raw,
+            Creatable::Qcow2 => Format::Qcow2,
+        };
+        let mut options = Options::parse(kind, &arguments.options)?;
+        for (key, value, what) in [
+            ("backing_file", &arguments.backing, "Backing file"),
+            ("backing_fmt", &arguments.backing_format, "Backing file format"),
+        ] {
+            if let Some(value) = value
+                && !options.set_text(key, value)
+            {
+                return Err(Problem::new(format!("{what} not supported for file format '{name}'")));
+            }
+        }
+        let backing_name = options.text("backing_file");
+        if backing_name.is_some() && source_count > 1 {
+            return Err(Problem::new(
+                "Having a backing file for the target makes no sense when concatenating multiple input images",
+            ));
+        }
+        if backing_name.is_some() && options.text("backing_fmt").is_none() {
+            return Err(Problem::new("Use of backing file requires explicit backing format"));
+        }
+        let layout = Layout::of(kind, &options, &arguments.objects);
+        if arguments.compress && kind == Creatable::Qcow2 {
+            if options.any_with_prefix("encrypt") {
+                return Err(Problem::new("Compression and encryption not supported at the same time"));
+            }
+            if layout.preallocation != Preallocation::Off {
+                return Err(Problem::new("Compression and preallocation not supported at the same time"));
+            }
+        }
+        let new = NewTarget::new(target, &layout)?;
+        let backing = match (backing_name, options.text("backing_fmt"), &layout.late) {
+            (Some(name), Some(format), None) => {
+                let full = join_name(target, name);
+                let spec = ImageSpec::of_file(&full, Some(format));
+                Some(spec.map_err(|problem| problem.within(format!("Could not open '{target}'")))?)
+            }
+            _ => None,
+        };
+        let recorded = backing_name.map(|name| Backing {
+            name: name.as_bytes().to_vec(),
+            format_name: options.text("backing_fmt").unwrap_or_default().as_bytes().to_vec(),
+            image: None,
+        });
+        let wire = Target {
+            format: format.into(),
+            existing: false,
+            qcow2: layout.qcow2,
+            preallocation: layout.preallocation.into(),
+            backing: recorded,
+        };
+        let early = layout.early;
+        Ok(Self { given: target.to_owned(), format, wire, new: Some(new), early, existing: None, backing })
+    }
+
+    /// Puts a problem with creating the target into words.
+    fn creating(&self, problem: Problem) -> Problem {
+        problem.within(format!("{}: error while converting {}", self.given, formats::name(self.format)))
+    }
+}
+
+/// Keeps the rate that `-r` sets.
+struct Pace {
+    /// Bytes per second.
+    rate: u64,
+    since: Instant,
+}
+
+impl Pace {
+    fn keep(&self, done: u64) {
+        if self.rate > 0 {
+            let due = Duration::try_from_secs_f64(done as f64 / self.rate as f64).unwrap_or(Duration::MAX);
+            thread::sleep(due.saturating_sub(self.since.elapsed()));
+        }
+    }
+}
+
+struct ConvertHost<'a> {
+    program: &'a Program,
+    files: Files,
+    sources: &'a [ImageSpec],
+    devices: Vec<u32>,
+    access: Access,
+    plan: Result<Plan, Problem>,
+    /// What is wrong with the target's backing image, told once the target is made.
+    late: Option<Problem>,
+    existing: Option<Opened>,
+    progress: &'a mut ProgressLine,
+    pace: Pace,
+}
+
+impl ConvertHost<'_> {
+    /// Opens the target. Problems are complete.
+    fn open_target(&mut self, machine: &mut dyn Machine, role: FileRole) -> Result<Granted, Problem> {
+        let plan = match &mut self.plan {
+            Ok(plan) => plan,
+            Err(problem) => return Err(problem.clone()),
+        };
+        if let Some(spec) = &plan.existing {
+            if role != FileRole::Target {
+                return Err(Problem::new("Writing into the external data file of an existing image is not provided"));
+            }
+            let opened = open_existing(machine, &spec.file);
+            let (file, granted) =
+                opened.map_err(|problem| problem.within(format!("Could not open '{}'", spec.given)))?;
+            self.existing = Some(file);
+            return Ok(granted);
+        }
+        if let Some(problem) = plan.early.take() {
+            return Err(plan.creating(problem));
+        }
+        let Some(new) = plan.new.as_mut() else { return Err(Problem::new("There is no target")) };
+        let opened = match role {
+            FileRole::Target => new.open_main(machine),
+            _ => new.open_data(machine),
+        };
+        let granted = opened.map_err(|problem| plan.creating(problem))?;
+        match self.late.take() {
+            Some(problem) => Err(problem.within(format!("Could not open '{}'", plan.given))),
+            None => Ok(granted),
+        }
+    }
+
+    /// A problem with an image that is read, from the place where the operator named it.
+    fn reading(&self, device: u32, problem: Problem) -> Problem {
+        let given = self.devices.iter().position(|known| *known == device).map(|at| self.sources[at].given.as_str());
+        match (given, &self.plan) {
+            (Some(given), _) => problem.within(format!("Could not open '{given}'")),
+            (None, Ok(plan)) => {
+                problem.within("Could not open backing file").within(format!("Could not open '{}'", plan.given))
+            }
+            (None, Err(_)) => problem,
+        }
+    }
+
+    fn problem(&self, failure: &Failure) -> Problem {
+        if failure.cause() == Cause::OpenRefused
+            && let Some(refusal) = self.files.refusal()
+        {
+            return match self.files.refusal_from_the_top() {
+                Some((device, problem)) => self.reading(device, problem),
+                None => refusal.problem.clone(),
+            };
+        }
+        if failure.cause() == Cause::Encrypted {
+            return self.encrypted(failure);
+        }
+        match (failure.step(), failure.device, &self.plan) {
+            (Step::Open, Some(device), _) => {
+                let (device, problem) = self.files.seen_from_the_top(device, messages::open_failure(failure));
+                self.reading(device, problem)
+            }
+            (_, _, Ok(plan)) if is_of_work(failure) => {
+                let _ = plan;
+                messages::work_failure(failure)
+            }
+            (Step::Create, _, Ok(plan)) => plan.creating(messages::create_failure(failure, plan.format)),
+            (Step::OpenTarget, _, Ok(plan)) => {
+                messages::open_failure(failure).within(format!("Could not open '{}'", plan.given))
+            }
+            _ => messages::work_failure(failure),
+        }
+    }
+
+    /// Encrypted images can be described, not read; the key makes no difference yet.
+    fn encrypted(&self, failure: &Failure) -> Problem {
+        let device = failure.device.or(self.devices.first().copied()).unwrap_or_default();
+        let has_key = self.sources.iter().any(|spec| spec.has_key);
+        let problem = match has_key {
+            true => Problem::new("Encrypted images can't be read by this version"),
+            false => messages::open_failure(failure),
+        };
+        let (device, problem) = self.files.seen_from_the_top(device, problem);
+        self.reading(device, problem)
+    }
+}
+
+/// Causes whose message stands alone, whatever the step.
+fn is_of_work(failure: &Failure) -> bool {
+    let cause = failure.cause();
+    matches!(cause, Cause::CompressionUnsupported | Cause::CompressedPreallocation | Cause::BitmapsUnsupported)
+        || (cause == Cause::TargetTooSmall && failure.step() == Step::OpenTarget)
+}
+
+impl Host for ConvertHost<'_> {
+    fn open(&mut self, machine: &mut dyn Machine, wanted: &OpenFile) -> Option<Granted> {
+        match wanted.role() {
+            role @ (FileRole::Target | FileRole::TargetData) => match self.open_target(machine, role) {
+                Ok(granted) => Some(granted),
+                Err(problem) => {
+                    self.files.refuse(Refusal { referrer: None, role, shown: String::new(), problem });
+                    None
+                }
+            },
+            _ => self.files.open_embedded(machine, wanted, self.access),
+        }
+    }
+
+    fn progress(&mut self, progress: &Progress) {
+        self.progress.update(progress.done, progress.total);
+    }
+
+    fn pace(&mut self, progress: &Progress) {
+        self.pace.keep(progress.done);
+    }
+
+    fn warning(&mut self, warning: &Failure) {
+        self.program.warn(&messages::warning(warning));
+    }
+}
