@@ -17,7 +17,6 @@ pub struct Opt {
 
 /// The meaning of an option.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[expect(missing_docs, reason = "each is named after its long spelling")]
 pub enum Key {
     Help,
     Version,
@@ -200,11 +199,7 @@ fn find_long<'t>(table: &'t [Opt], name: &str) -> LongMatch<'t> {
     }
 }
 
-fn parse_short<'a>(
-    table: &[Opt],
-    cluster: &str,
-    rest: &mut impl Iterator<Item = &'a String>,
-) -> Step<Vec<Found>> {
+fn parse_short<'a>(table: &[Opt], cluster: &str, rest: &mut impl Iterator<Item = &'a String>) -> Step<Vec<Found>> {
     let mut found = Vec::new();
     for (at, letter) in cluster.char_indices() {
         let opt = table.iter().find(|opt| opt.short.is_some_and(|short| char::from(short) == letter));
@@ -255,10 +250,7 @@ mod tests {
     #[test]
     fn permutes_and_abbreviates() {
         let parsed = run(&["a", "--out=json", "-f", "raw", "b", "--", "-c"]);
-        assert_eq!(
-            parsed.options,
-            [(Key::Output, Some("json".to_owned())), (Key::Format, Some("raw".to_owned()))]
-        );
+        assert_eq!(parsed.options, [(Key::Output, Some("json".to_owned())), (Key::Format, Some("raw".to_owned()))]);
         assert_eq!(parsed.operands, ["a", "b", "-c"]);
         assert_eq!(parsed.error, None);
     }
@@ -281,10 +273,7 @@ mod tests {
         assert_eq!(complaint(&["-f"]), "option requires an argument -- 'f'");
         assert_eq!(complaint(&["--output"]), "option '--output' requires an argument");
         assert_eq!(complaint(&["--back=3"]), "option '--backing-chain' doesn't allow an argument");
-        assert_eq!(
-            complaint(&["--fo"]),
-            "option '--fo' is ambiguous; possibilities: '--format' '--force-share'"
-        );
+        assert_eq!(complaint(&["--fo"]), "option '--fo' is ambiguous; possibilities: '--format' '--force-share'");
         assert_eq!(complaint(&["--o=x"]), "option '--o=x' is ambiguous; possibilities: '--output' '--object'");
     }
 

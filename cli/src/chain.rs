@@ -160,12 +160,7 @@ fn describe(settings: &Settings, hop: &Hop) -> Result<ImageInfo, Problem> {
 }
 
 /// What the image names as its backing file.
-fn next_hop(
-    confinement: &Confinement,
-    hop: &Hop,
-    info: &ImageInfo,
-    access: Access,
-) -> Result<Option<Hop>, Problem> {
+fn next_hop(confinement: &Confinement, hop: &Hop, info: &ImageInfo, access: Access) -> Result<Option<Hop>, Problem> {
     let Some(stored) = &info.backing_file else { return Ok(None) };
     let name = join_name(&hop.name, &String::from_utf8_lossy(stored));
     let shown = printable(name.as_bytes());

@@ -47,8 +47,7 @@ impl Drop for Leftovers {
 /// Removes what is still the file that was created, and not one that took its name since.
 fn remove_all() {
     for file in created().drain(..) {
-        let same = std::fs::symlink_metadata(&file.path)
-            .is_ok_and(|found| (found.dev(), found.ino()) == file.identity);
+        let same = std::fs::symlink_metadata(&file.path).is_ok_and(|found| (found.dev(), found.ino()) == file.identity);
         if same {
             // It stays if the directory does not let it go; the error that ends the run is the one to tell.
             let _ = std::fs::remove_file(&file.path);

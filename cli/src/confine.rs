@@ -57,9 +57,9 @@ impl Confinement {
             let path = dir.canonicalize().map_err(|error| {
                 Problem::new(format!("--allow-dir: Could not open '{}': {}", dir.display(), plain(&error)))
             })?;
-            confinement.add(path, true).map_err(|errno| {
-                Problem::file("open", &dir.display().to_string(), errno).within("--allow-dir")
-            })?;
+            confinement
+                .add(path, true)
+                .map_err(|errno| Problem::file("open", &dir.display().to_string(), errno).within("--allow-dir"))?;
         }
         Ok(confinement)
     }
@@ -77,8 +77,7 @@ impl Confinement {
         let path = parent
             .canonicalize()
             .map_err(|error| Problem::new(format!("Could not open '{}': {}", parent.display(), plain(&error))))?;
-        self.add(path.clone(), false)
-            .map_err(|errno| Problem::file("open", &parent.display().to_string(), errno))?;
+        self.add(path.clone(), false).map_err(|errno| Problem::file("open", &parent.display().to_string(), errno))?;
         Ok(path)
     }
 

@@ -118,12 +118,7 @@ impl Files {
     ///
     /// # Errors
     /// The message, without `Could not open 'F'` around it.
-    pub fn open_named(
-        &mut self,
-        machine: &mut dyn Machine,
-        spec: &ImageSpec,
-        access: Access,
-    ) -> Result<u32, Problem> {
+    pub fn open_named(&mut self, machine: &mut dyn Machine, spec: &ImageSpec, access: Access) -> Result<u32, Problem> {
         let path = Path::new(&spec.file);
         let mut file = open_to_read(path)?;
         let lock_problem = match access.force_share || spec.force_share {
@@ -132,19 +127,13 @@ impl Files {
         };
         let home = self.confinement.allow_home_of(path)?;
         let granted = machine.grant(file.fd.as_fd(), false)?;
-        let record =
-            Record { name: spec.file.clone(), file, origin: Origin::Operator, home, depth: 1, lock_problem };
+        let record = Record { name: spec.file.clone(), file, origin: Origin::Operator, home, depth: 1, lock_problem };
         self.records.insert(granted.device, record);
         Ok(granted.device)
     }
 
     /// Opens and grants what an image names, within the confinement; remembers why if it doesn't.
-    pub fn open_embedded(
-        &mut self,
-        machine: &mut dyn Machine,
-        wanted: &OpenFile,
-        access: Access,
-    ) -> Option<Granted> {
+    pub fn open_embedded(&mut self, machine: &mut dyn Machine, wanted: &OpenFile, access: Access) -> Option<Granted> {
         let name = match self.records.get(&wanted.referrer) {
             Some(referrer) => join_name(&referrer.name, &String::from_utf8_lossy(&wanted.name)),
             None => String::from_utf8_lossy(&wanted.name).into_owned(),
@@ -243,12 +232,7 @@ impl Files {
 
 /// Takes locks, as far as QEMU does: describing a raw image needs none, and until its format is known, a problem with them
 /// may turn out not to matter.
-fn take_locks(
-    file: &mut Opened,
-    purpose: Purpose,
-    format: Format,
-    name: &str,
-) -> Result<Option<Problem>, Problem> {
+fn take_locks(file: &mut Opened, purpose: Purpose, format: Format, name: &str) -> Result<Option<Problem>, Problem> {
     match (purpose, format) {
         (Purpose::Describe, Format::Raw | Format::File) => Ok(None),
         (Purpose::Describe, Format::Unknown) => Ok(file.lock(purpose, name).err()),
@@ -298,7 +282,14 @@ mod tests {
             )
         );
         assert!(files.open_embedded(&mut machine, &wanted(mid.device, "miss", FileRole::Data), READ).is_none());
-        assert!(files.refusal_from_the_top().unwrap().1.to_string().starts_with("Could not open backing file: Could not open '/"));
+        assert!(
+            files
+                .refusal_from_the_top()
+                .unwrap()
+                .1
+                .to_string()
+                .starts_with("Could not open backing file: Could not open '/")
+        );
     }
 
     #[test]

@@ -10,10 +10,8 @@ pub struct Guest {
 }
 
 /// Describes images.
-pub static INFO: Guest = Guest {
-    program: include_bytes!(env!("INSTAR_GUEST_INFO")),
-    map: include_str!(env!("INSTAR_GUEST_INFO_MAP")),
-};
+pub static INFO: Guest =
+    Guest { program: include_bytes!(env!("INSTAR_GUEST_INFO")), map: include_str!(env!("INSTAR_GUEST_INFO_MAP")) };
 
 /// Copies images.
 pub static CONVERT: Guest = Guest {
@@ -22,10 +20,8 @@ pub static CONVERT: Guest = Guest {
 };
 
 /// Makes empty images.
-pub static CREATE: Guest = Guest {
-    program: include_bytes!(env!("INSTAR_GUEST_CREATE")),
-    map: include_str!(env!("INSTAR_GUEST_CREATE_MAP")),
-};
+pub static CREATE: Guest =
+    Guest { program: include_bytes!(env!("INSTAR_GUEST_CREATE")), map: include_str!(env!("INSTAR_GUEST_CREATE_MAP")) };
 
 impl Guest {
     /// Name of the function at an address, and the distance from its start; `None` in front of the first.

@@ -65,14 +65,7 @@ impl ImageSpec {
         let format = format.map_or(Ok(Format::Unknown), driver_format)?;
         let path = open::path_of(name)?;
         let file = path.display().to_string();
-        Ok(Self {
-            given: name.to_owned(),
-            shown: file.clone(),
-            file,
-            format,
-            force_share: false,
-            has_key: false,
-        })
+        Ok(Self { given: name.to_owned(), shown: file.clone(), file, format, force_share: false, has_key: false })
     }
 
     fn of_keys(given: &str, keys: &[(String, String)]) -> Result<Self, Problem> {
@@ -164,7 +157,11 @@ impl Keys {
         let file = named.filter(|name| !name.is_empty());
         let file = file.ok_or_else(|| Problem::new("The 'file' block driver requires a file name"))?;
         let format_name = driver.unwrap_or("raw");
-        let unknown = self.unknown.as_deref().or(self.own_name.as_deref().filter(|_| format != Format::File).and(Some("filename")));
+        let unknown = self.unknown.as_deref().or(self
+            .own_name
+            .as_deref()
+            .filter(|_| format != Format::File)
+            .and(Some("filename")));
         if let Some(key) = unknown {
             return Err(Problem::new(format!("Block format '{format_name}' does not support the option '{key}'")));
         }
@@ -187,15 +184,22 @@ impl Keys {
 }
 
 /// Runtime options of every node that make no difference to a program that reads or writes an image once.
-const COMMON: &[&str] = &[
-    "auto-read-only", "cache.direct", "cache.no-flush", "detect-zeroes", "discard", "node-name", "read-only",
-];
+const COMMON: &[&str] =
+    &["auto-read-only", "cache.direct", "cache.no-flush", "detect-zeroes", "discard", "node-name", "read-only"];
 /// Likewise of a file.
 const OF_FILE: &[&str] = &["aio", "aio-max-batch", "drop-cache", "pr-manager", "x-check-cache-dropped"];
 /// Likewise of qcow2.
 const OF_QCOW2: &[&str] = &[
-    "cache-clean-interval", "cache-size", "discard-no-unref", "l2-cache-entry-size", "l2-cache-size", "lazy-refcounts",
-    "pass-discard-other", "pass-discard-request", "pass-discard-snapshot", "refcount-cache-size",
+    "cache-clean-interval",
+    "cache-size",
+    "discard-no-unref",
+    "l2-cache-entry-size",
+    "l2-cache-size",
+    "lazy-refcounts",
+    "pass-discard-other",
+    "pass-discard-request",
+    "pass-discard-snapshot",
+    "refcount-cache-size",
 ];
 /// Options of qemu-img that this version lacks.
 const NOT_PROVIDED: &[&str] = &["backing", "data-file", "offset", "size"];
@@ -340,7 +344,9 @@ mod tests {
         let name = r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"base.qcow2"}}"#;
         let spec = ImageSpec::of_file(name, None).unwrap();
         assert_eq!((spec.given.as_str(), spec.file.as_str(), spec.format), (name, "base.qcow2", Format::Qcow2));
-        assert!(ImageSpec::of_file("json:foo", None).unwrap_err().to_string().contains("Could not parse the JSON options"));
+        assert!(
+            ImageSpec::of_file("json:foo", None).unwrap_err().to_string().contains("Could not parse the JSON options")
+        );
         assert_eq!(
             ImageSpec::of_file("json:{}", None).unwrap_err().to_string(),
             "Could not open 'json:{}': Must specify either driver or file"

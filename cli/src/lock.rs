@@ -72,9 +72,8 @@ pub fn acquire(file: BorrowedFd<'_>, purpose: Purpose, name: &str) -> Result<(),
     for unshared in purpose.unshared() {
         share(file, UNSHARED + *unshared as i64)?;
     }
-    let contested = |what: String| {
-        Err(Problem::new(what).with_hint(format!("Is another process using the image [{name}]?")))
-    };
+    let contested =
+        |what: String| Err(Problem::new(what).with_hint(format!("Is another process using the image [{name}]?")));
     for used in purpose.used() {
         if is_taken(file, UNSHARED + *used as i64)? {
             return contested(format!("Failed to get \"{}\" lock", used.name()));

@@ -195,14 +195,15 @@ fn field(failure: &Failure) -> String {
                  ({MAX_BITMAP_DIRECTORY})"
             );
         }
-        Field::Unspecified => "A header field is invalid",
+        Field::RawFlagWithoutDataFile => "data-file-raw requires data-file",
+        // A field that is newer than this table.
+        _ => "A header field is invalid",
     };
     text.to_owned()
 }
 
 fn option_error(error: OptionError) -> &'static str {
     match error {
-        OptionError::Unspecified => "The creation options contradict each other",
         OptionError::ClusterSize => "Cluster size must be a power of two between 512 and 2048k",
         OptionError::RefcountBits => "Refcount width must be a power of two and may not exceed 64 bits",
         OptionError::LazyRefcountsVersion => {
@@ -230,6 +231,11 @@ fn option_error(error: OptionError) -> &'static str {
             "Backing file and preallocation can only be used at the same time if extended_l2 is on"
         }
         OptionError::Preallocation => "Unsupported preallocation mode: metadata",
+        OptionError::Version => "The compatibility level is unknown",
+        OptionError::BackingFormatAlone => "Backing format cannot be used without backing file",
+        OptionError::BackingNameLength => "Backing file name too long",
+        OptionError::BackingFormatLength => "Backing format name too long",
+        _ => "The creation options contradict each other",
     }
 }
 
@@ -245,10 +251,7 @@ mod tests {
     fn opening() {
         let text = |failure: Failure| open_failure(&failure).to_string();
         assert_eq!(text(failure(Cause::NotInFormat)), "Image is not in qcow2 format");
-        assert_eq!(
-            text(Failure { value: 9, ..failure(Cause::UnsupportedVersion) }),
-            "Unsupported qcow2 version 9"
-        );
+        assert_eq!(text(Failure { value: 9, ..failure(Cause::UnsupportedVersion) }), "Unsupported qcow2 version 9");
         assert_eq!(
             text(Failure { value: 1 << 63, ..failure(Cause::UnknownFeatures) }),
             "Unsupported qcow2 feature(s): Unknown incompatible feature: 8000000000000000"

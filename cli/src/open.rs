@@ -122,9 +122,32 @@ fn protocol(name: &str) -> Option<&str> {
 
 /// Protocols of qemu-img that are no plain files.
 const PROTOCOLS: &[&str] = &[
-    "blkdebug", "blklogwrites", "blkverify", "fat", "ftp", "ftps", "gluster", "gluster+rdma", "gluster+tcp",
-    "gluster+unix", "host_cdrom", "http", "https", "iscsi", "iser", "json", "nbd", "nbd+tcp", "nbd+unix", "nfs",
-    "null-aio", "null-co", "nvme", "rbd", "ssh", "zeroinit",
+    "blkdebug",
+    "blklogwrites",
+    "blkverify",
+    "fat",
+    "ftp",
+    "ftps",
+    "gluster",
+    "gluster+rdma",
+    "gluster+tcp",
+    "gluster+unix",
+    "host_cdrom",
+    "http",
+    "https",
+    "iscsi",
+    "iser",
+    "json",
+    "nbd",
+    "nbd+tcp",
+    "nbd+unix",
+    "nfs",
+    "null-aio",
+    "null-co",
+    "nvme",
+    "rbd",
+    "ssh",
+    "zeroinit",
 ];
 
 /// Opens a file for reading that the operator named.

@@ -42,18 +42,8 @@ const QCOW2: &[Spec] = &[
     spec("encrypt.iter-time", Kind::Number, None, "Time to spend in PBKDF in milliseconds"),
     spec("cluster_size", Kind::Size, Some("65536"), "qcow2 cluster size"),
     spec("extended_l2", Kind::Switch, Some("off"), "Extended L2 tables"),
-    spec(
-        "preallocation",
-        Kind::Text,
-        None,
-        "Preallocation mode (allowed values: off, metadata, falloc, full)",
-    ),
-    spec(
-        "compression_type",
-        Kind::Text,
-        Some("zlib"),
-        "Compression method used for image cluster compression",
-    ),
+    spec("preallocation", Kind::Text, None, "Preallocation mode (allowed values: off, metadata, falloc, full)"),
+    spec("compression_type", Kind::Text, Some("zlib"), "Compression method used for image cluster compression"),
     spec("size", Kind::Size, None, "Virtual disk size"),
     spec("compat", Kind::Text, None, "Compatibility level (v2 [0.10] or v3 [1.1])"),
     spec("backing_file", Kind::Text, None, "File name of a base image"),
@@ -72,12 +62,7 @@ const FILE: &[Spec] = &[
     spec("size", Kind::Size, None, "Virtual disk size"),
     spec("nocow", Kind::Switch, None, "Turn off copy-on-write (valid only on btrfs)"),
     spec("preallocation", Kind::Text, None, "Preallocation mode (allowed values: off, falloc, full)"),
-    spec(
-        "extent_size_hint",
-        Kind::Size,
-        None,
-        "Extent size hint for the image file, 0 to disable",
-    ),
+    spec("extent_size_hint", Kind::Size, None, "Extent size hint for the image file, 0 to disable"),
 ];
 
 /// A format that can be created.
@@ -380,11 +365,7 @@ mod tests {
     fn elements() {
         assert_eq!(
             split("a=b,,c,d,e="),
-            [
-                ("a".to_owned(), Some("b,c".to_owned())),
-                ("d".to_owned(), None),
-                ("e".to_owned(), Some(String::new()))
-            ]
+            [("a".to_owned(), Some("b,c".to_owned())), ("d".to_owned(), None), ("e".to_owned(), Some(String::new()))]
         );
     }
 
@@ -404,10 +385,7 @@ mod tests {
     fn messages() {
         assert_eq!(error(Creatable::Qcow2, "nosuch=1"), "Invalid parameter 'nosuch'");
         assert_eq!(error(Creatable::Raw, "cluster_size=3"), "Invalid parameter 'cluster_size'");
-        assert_eq!(
-            error(Creatable::Qcow2, "lazy_refcounts=maybe"),
-            "Parameter 'lazy_refcounts' expects 'on' or 'off'"
-        );
+        assert_eq!(error(Creatable::Qcow2, "lazy_refcounts=maybe"), "Parameter 'lazy_refcounts' expects 'on' or 'off'");
         assert_eq!(error(Creatable::Qcow2, "refcount_bits=4k"), "Parameter 'refcount_bits' expects a number");
         assert_eq!(
             error(Creatable::Qcow2, "refcount_bits=99999999999999999999"),
@@ -424,7 +402,8 @@ mod tests {
 
     #[test]
     fn formatting() {
-        let mut options = Options::parse(Creatable::Qcow2, &list("compat=v3,lazy_refcounts=yes,backing_file=a,,b")).unwrap();
+        let mut options =
+            Options::parse(Creatable::Qcow2, &list("compat=v3,lazy_refcounts=yes,backing_file=a,,b")).unwrap();
         options.set_size(1 << 20);
         assert_eq!(
             options.formatting_line("n.q"),

@@ -65,7 +65,8 @@ impl Report {
         let (is, looks) = (formats::name(format), formats::name(self.detected));
         let raw = format == Format::Raw;
         // Partition tables and file systems are what raw disks hold.
-        let inside = matches!(self.detected, Format::Gpt | Format::Mbr | Format::Iso | Format::Bitlocker | Format::Unknown);
+        let inside =
+            matches!(self.detected, Format::Gpt | Format::Mbr | Format::Iso | Format::Bitlocker | Format::Unknown);
         if self.detected != format && !(raw && inside) {
             self.warn(format!("read as {is}, but its contents look like {looks}"));
         }
@@ -73,7 +74,9 @@ impl Report {
             self.warn("raw without a partition table or a known file system: its contents are unknown");
         }
         if raw && read_as == Format::Unknown {
-            self.warn("the format raw was guessed; a guest that writes to the disk can make it look like another format");
+            self.warn(
+                "the format raw was guessed; a guest that writes to the disk can make it look like another format",
+            );
         }
         for other in self.also.clone() {
             self.warn(format!("the contents also look like {}", formats::name(other)));

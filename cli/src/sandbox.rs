@@ -3,13 +3,12 @@
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
-use instar_guest_protocol::message::{
-    Call, Failure, OpenAnswer, OpenFile, Progress, Reply, Request, call, reply,
-};
+use instar_guest_protocol::message::{Call, Failure, OpenAnswer, OpenFile, Progress, Reply, Request, call, reply};
 use instar_vmm::{Error, Event, Sandbox, Settings};
 use prost::Message;
 
-use crate::problem::Problem;
+use crate::guest::Guest;
+use crate::problem::{Problem, printable};
 
 pub use instar_vmm::Granted;
 
@@ -48,11 +47,11 @@ pub enum Work {
 
 impl Limits {
     fn settings(&self, work: Work) -> Settings {
-        let (vcpus, stall) = match work {
-            Work::Metadata => (1, STALL),
-            Work::Data(vcpus) => (vcpus, STALL_OF_DATA),
+        let (vcpus, stall, vectors) = match work {
+            Work::Metadata => (1, STALL, false),
+            Work::Data(vcpus) => (vcpus, STALL_OF_DATA, true),
         };
-        Settings { vcpus, memory: self.memory, stall, time_limit: self.timeout, debug: self.debug }
+        Settings { vcpus, memory: self.memory, stall, time_limit: self.timeout, vectors, debug: self.debug }
     }
 }
 
@@ -96,6 +95,7 @@ pub struct Incoming {
 #[derive(Debug)]
 pub struct Vm {
     sandbox: Sandbox,
+    guest: Guest,
 }
 
 impl Vm {
@@ -103,46 +103,53 @@ impl Vm {
     ///
     /// # Errors
     /// The process could not be started.
-    pub fn spawn(guest: &'static [u8], limits: &Limits, work: Work) -> Result<Self, Problem> {
-        let sandbox = Sandbox::spawn(guest, &limits.settings(work)).map_err(|error| problem(&error))?;
-        Ok(Self { sandbox })
+    pub fn spawn(guest: Guest, limits: &Limits, work: Work) -> Result<Self, Problem> {
+        let sandbox = Sandbox::spawn(guest.program, &limits.settings(work)).map_err(|error| problem(&error, guest))?;
+        Ok(Self { sandbox, guest })
+    }
+
+    fn problem(&self, error: &Error) -> Problem {
+        problem(error, self.guest)
     }
 }
 
 impl Machine for Vm {
     fn grant(&mut self, file: BorrowedFd<'_>, writable: bool) -> Result<Granted, Problem> {
-        self.sandbox.grant(file, writable).map_err(|error| problem(&error))
+        self.sandbox.grant(file, writable).map_err(|error| self.problem(&error))
     }
 
     fn start(&mut self, request: &[u8]) -> Result<(), Problem> {
-        self.sandbox.start(request).map_err(|error| problem(&error))
+        self.sandbox.start(request).map_err(|error| self.problem(&error))
     }
 
     fn next_message(&mut self) -> Result<Option<Incoming>, Problem> {
         match self.sandbox.next_event() {
             Ok(Event::Message { bytes, expects_answer }) => Ok(Some(Incoming { bytes, expects_answer })),
             Ok(Event::Exited(_)) => Ok(None),
-            Err(error) => Err(problem(&error)),
+            Err(error) => Err(self.problem(&error)),
         }
     }
 
     fn answer(&mut self, answer: &[u8]) -> Result<(), Problem> {
-        self.sandbox.answer(answer).map_err(|error| problem(&error))
+        self.sandbox.answer(answer).map_err(|error| self.problem(&error))
     }
 }
 
-/// An error of the machine, in one line.
-fn problem(error: &Error) -> Problem {
+/// An error of the machine, in one line; more lines for those who asked for them.
+fn problem(error: &Error, guest: Guest) -> Problem {
     match error {
         Error::GuestCrashed { registers: None, .. } => {
             Problem::new("The sandboxed parser crashed on this image (--debug-guest tells more)")
         }
-        Error::GuestCrashed { .. } => Problem::new(format!("The sandboxed parser crashed on this image: {error}")),
-        Error::GuestPanicked { log } => Problem::new(format!(
-            "The sandboxed parser gave up on this image: {}",
-            crate::problem::printable(log.trim_ascii())
-        )),
-        Error::Stalled => Problem::new("The image takes too long to parse: the sandbox makes no progress"),
+        Error::GuestCrashed { rip, .. } => {
+            let place = guest.function_at(*rip).map(|(name, offset)| format!("in {name} + {offset:#x}"));
+            Problem::new("The sandboxed parser crashed on this image")
+                .with_hint(format!("{error}\n{}", place.unwrap_or_default()))
+        }
+        Error::GuestPanicked { log } => {
+            Problem::new(format!("The sandboxed parser gave up on this image: {}", printable(log.trim_ascii())))
+        }
+        Error::Stalled => Problem::new("The image takes too long: the sandbox makes no progress"),
         Error::TimedOut => Problem::new("The operation takes longer than --timeout allows"),
         Error::TooLittleMemory { needed, .. } => {
             Problem::new(format!("--max-guest-memory is too low: the sandbox needs {needed} bytes"))
@@ -216,9 +223,7 @@ pub fn run(machine: &mut dyn Machine, request: &Request, host: &mut dyn Host) ->
 
 fn open_answer(granted: Option<Granted>) -> OpenAnswer {
     match granted {
-        Some(file) => {
-            OpenAnswer { granted: true, device: file.device, len: file.len, flags: file.flags.bits() }
-        }
+        Some(file) => OpenAnswer { granted: true, device: file.device, len: file.len, flags: file.flags.bits() },
         None => OpenAnswer::default(),
     }
 }
@@ -238,7 +243,8 @@ pub mod fake {
     /// Gives out device numbers and prepared messages.
     #[derive(Default)]
     pub struct Script {
-        granted: u32,
+        /// How many files it was given.
+        pub granted: u32,
         /// What the guest says.
         pub calls: VecDeque<Vec<u8>>,
         /// What it was answered.
@@ -249,8 +255,7 @@ pub mod fake {
         fn grant(&mut self, _: BorrowedFd<'_>, writable: bool) -> Result<Granted, Problem> {
             let device = self.granted;
             self.granted += 1;
-            let flags =
-                if writable { instar_vmm::DeviceFlags::WRITABLE } else { instar_vmm::DeviceFlags::empty() };
+            let flags = if writable { instar_vmm::DeviceFlags::WRITABLE } else { instar_vmm::DeviceFlags::empty() };
             Ok(Granted { device, len: 0, flags })
         }
 
@@ -261,8 +266,8 @@ pub mod fake {
         fn next_message(&mut self) -> Result<Option<Incoming>, Problem> {
             let bytes = self.calls.pop_front();
             Ok(bytes.map(|bytes| {
-                let open = Call::decode(bytes.as_slice())
-                    .is_ok_and(|call| matches!(call.kind, Some(call::Kind::Open(_))));
+                let open =
+                    Call::decode(bytes.as_slice()).is_ok_and(|call| matches!(call.kind, Some(call::Kind::Open(_))));
                 Incoming { bytes, expects_answer: open }
             }))
         }

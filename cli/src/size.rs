@@ -180,7 +180,9 @@ mod tests {
 
     #[test]
     fn malformed_sizes() {
-        for text in ["", "12X", "1MB", "1.5b", "1e3", "10 ", "abc", "-x", "0x", "0x10k", ".", "1.5", "+-5", "1 k", "1kk"] {
+        for text in
+            ["", "12X", "1MB", "1.5b", "1e3", "10 ", "abc", "-x", "0x", "0x10k", ".", "1.5", "+-5", "1 k", "1kk"]
+        {
             assert_eq!(parse(text), Err(SizeError::Malformed), "{text}");
         }
     }
@@ -207,10 +209,7 @@ mod tests {
         assert_eq!(parse_sparse_size("0"), Ok(0));
         assert_eq!(parse_sparse_size("1.5k"), Ok(1536));
         assert!(parse_sparse_size("1000").unwrap_err().contains("Valid sizes are multiples of 512 up to 16777216."));
-        assert_eq!(
-            parse_sparse_size("abc").unwrap_err(),
-            "Invalid buffer size for sparse output specified: 'abc'."
-        );
+        assert_eq!(parse_sparse_size("abc").unwrap_err(), "Invalid buffer size for sparse output specified: 'abc'.");
     }
 
     #[test]

@@ -31,6 +31,9 @@ pub fn creatable(name: &str) -> Result<Creatable, Problem> {
     }
 }
 
+/// Bytes of a backing file's name, by the specification of qcow2.
+const MAX_BACKING_NAME: usize = 1023;
+
 /// What creation options mean to the guest, and what is wrong with them.
 #[derive(Clone, Debug, Default)]
 pub struct Layout {
@@ -114,6 +117,10 @@ impl Layout {
         if backing_format.is_some() && options.text("backing_file").is_none() {
             complain("Backing format cannot be used without backing file".to_owned());
         }
+        if let Some(name) = options.text("backing_file").filter(|name| name.len() > MAX_BACKING_NAME) {
+            let format = backing_format.unwrap_or_default();
+            complain(format!("Could not assign backing file '{name}' with format '{format}': Invalid argument"));
+        }
         let data_file = options.text("data_file").map(str::to_owned);
         let qcow2 = Qcow2Options {
             version,
@@ -146,9 +153,7 @@ fn preallocation(word: &str) -> Option<Preallocation> {
 fn encryption_problem(options: &Options, objects: &Objects) -> Option<String> {
     match options.text("encrypt.format") {
         None if options.switch("encryption") != Some(true) => {
-            return options
-                .any_with_prefix("encrypt.")
-                .then(|| "Encryption options need encrypt.format".to_owned());
+            return options.any_with_prefix("encrypt.").then(|| "Encryption options need encrypt.format".to_owned());
         }
         None | Some("aes" | "luks") => {}
         Some(word) => return Some(format!("Parameter 'format' does not accept value '{word}'")),

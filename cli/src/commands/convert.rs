@@ -17,7 +17,7 @@ use crate::lock::Purpose;
 use crate::open::{Opened, join_name};
 use crate::options::{self, Creatable, OptionList, Options, split};
 use crate::output::progress::ProgressLine;
-use crate::problem::{Problem, os_text};
+use crate::problem::Problem;
 use crate::program::{Fail, Outcome, Program, print};
 use crate::sandbox::{self, Granted, Host, Limits, Machine, Vm, Work};
 use crate::size;
@@ -132,20 +132,13 @@ impl Arguments {
             (self.target_image_opts && !self.no_create, "--target-image-opts requires use of -n flag"),
             (self.no_create && !self.options.is_empty(), "-o has no effect when skipping image creation"),
             (self.target_is_zero && !self.no_create, "--target-is-zero requires use of -n flag"),
-            (
-                self.copy_range && self.sparse_size.is_some(),
-                "Cannot enable copy offloading when -S is used",
-            ),
+            (self.copy_range && self.sparse_size.is_some(), "Cannot enable copy offloading when -S is used"),
             (self.copy_range && self.compress, "Cannot enable copy offloading when -c is used"),
             (
-                self.image_opts && self.format.is_some()
-                    || self.target_image_opts && self.target_format.is_some(),
+                self.image_opts && self.format.is_some() || self.target_image_opts && self.target_format.is_some(),
                 "--image-opts and --format are mutually exclusive",
             ),
-            (
-                self.skip_broken_bitmaps && !self.bitmaps,
-                "Use of --skip-broken-bitmaps requires --bitmaps",
-            ),
+            (self.skip_broken_bitmaps && !self.bitmaps, "Use of --skip-broken-bitmaps requires --bitmaps"),
         ];
         match complaints.iter().find(|(applies, _)| *applies) {
             Some((_, text)) => Err(Fail::from(*text)),
@@ -382,15 +375,7 @@ impl Plan {
             format => format,
         };
         let wire = Target { format: format.into(), existing: true, ..Target::default() };
-        Ok(Self {
-            given: target.to_owned(),
-            format,
-            wire,
-            new: None,
-            early: None,
-            existing: Some(spec),
-            backing: None,
-        })
+        Ok(Self { given: target.to_owned(), format, wire, new: None, early: None, existing: Some(spec), backing: None })
     }
 
     fn of_new(arguments: &Arguments, source_count: usize, target: &str) -> Result<Self, Problem> {

@@ -75,7 +75,8 @@ impl Arguments {
 pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcome {
     let mut arguments = Arguments::default();
     let line = CommandLine::parse(program, OPTIONS, &[], args);
-    let operands = line.walk(&mut settings, include_str!("help/create.txt"), |key, value| arguments.take(key, value))?;
+    let operands =
+        line.walk(&mut settings, include_str!("help/create.txt"), |key, value| arguments.take(key, value))?;
     let Some(operands) = operands else { return Ok(()) };
     if arguments.options.wants_help() {
         let format = creatable(arguments.format())?;

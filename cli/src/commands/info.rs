@@ -34,10 +34,8 @@ const OPTIONS: &[Opt] = &[
 ];
 
 /// What instar adds.
-const OWN: &[Opt] = &[
-    Opt::long_flag(Key::Chain, "chain").spelled_out(),
-    Opt::long_flag(Key::Safety, "safety").spelled_out(),
-];
+const OWN: &[Opt] =
+    &[Opt::long_flag(Key::Chain, "chain").spelled_out(), Opt::long_flag(Key::Safety, "safety").spelled_out()];
 
 /// The command line.
 #[derive(Debug, Default)]
@@ -230,7 +228,8 @@ impl Run {
         let mut extra = Vec::new();
         if with_safety {
             let read_as = if first { image.format } else { info.format() };
-            let report = Report::of(info, &record.name, read_as, &|name, shown| self.files.judge(info.device, name, shown));
+            let report =
+                Report::of(info, &record.name, read_as, &|name, shown| self.files.judge(info.device, name, shown));
             extra.push(("safety", report.node()));
         }
         let stat = record.file.stat;

@@ -8,8 +8,19 @@ use crate::program::Fail;
 
 /// Kinds of objects that qemu-img knows; all but secrets are taken without a look.
 const KINDS: &[&str] = &[
-    "authz-list", "authz-list-file", "authz-pam", "authz-simple", "iothread", "main-loop", "secret", "secret_keyring",
-    "throttle-group", "tls-cipher-suites", "tls-creds-anon", "tls-creds-psk", "tls-creds-x509",
+    "authz-list",
+    "authz-list-file",
+    "authz-pam",
+    "authz-simple",
+    "iothread",
+    "main-loop",
+    "secret",
+    "secret_keyring",
+    "throttle-group",
+    "tls-cipher-suites",
+    "tls-creds-anon",
+    "tls-creds-psk",
+    "tls-creds-x509",
 ];
 
 /// The objects of a command line.

@@ -69,19 +69,14 @@ fn entry(key: &str, value: &Node, level: usize) -> String {
 pub fn snapshots(snapshots: &[Snapshot], local: &dyn Fn(u32) -> String) -> String {
     let row = |cells: [&str; 6]| {
         let [id, tag, vm_size, date, vm_clock, icount] = cells;
-        format!("{id:<7} {tag:<16} {vm_size:>8} {date:>20} {vm_clock:>13} {icount:>10}\n")
+        format!("{id:<7} {tag:<16} {vm_size:>8} {date:>19} {vm_clock:>15} {icount:>10}\n")
     };
     let mut table = row(["ID", "TAG", "VM_SIZE", "DATE", "VM_CLOCK", "ICOUNT"]);
     for snapshot in snapshots {
         let milliseconds = snapshot.vm_clock_nsec / 1_000_000;
         let seconds = milliseconds / 1000;
-        let clock = format!(
-            "{:04}:{:02}:{:02}.{:03}",
-            seconds / 3600,
-            seconds / 60 % 60,
-            seconds % 60,
-            milliseconds % 1000
-        );
+        let clock =
+            format!("{:04}:{:02}:{:02}.{:03}", seconds / 3600, seconds / 60 % 60, seconds % 60, milliseconds % 1000);
         table.push_str(&row([
             &printable(&snapshot.id),
             &printable(&snapshot.name),

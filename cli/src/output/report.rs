@@ -140,10 +140,7 @@ impl Described<'_> {
         if self.is_file() {
             put("format-specific", file_specific());
         } else if let Some((kind, data)) = self.format_specific() {
-            put(
-                "format-specific",
-                Node::Dict(vec![("type", Node::text(kind)), ("data", Node::Dict(data))]),
-            );
+            put("format-specific", Node::Dict(vec![("type", Node::text(kind)), ("data", Node::Dict(data))]));
         }
         if let Some((full, stored)) = self.full_backing() {
             put("full-backing-filename", Node::Text(full));
@@ -326,7 +323,9 @@ mod tests {
                 .contains("backing file: ../b\\x1b (actual path: sub/../b\\x1b)\nbacking file format: qcow2\n")
         );
         let json = json::print(&described(&info, "sub/a").node());
-        assert!(json.contains("\"full-backing-filename\": \"sub/../b\\u001B\",\n    \"backing-filename\": \"../b\\u001B\""));
+        assert!(
+            json.contains("\"full-backing-filename\": \"sub/../b\\u001B\",\n    \"backing-filename\": \"../b\\u001B\"")
+        );
     }
 
     #[test]
