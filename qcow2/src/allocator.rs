@@ -487,11 +487,22 @@ impl Allocator {
             }
             self.give_back(store, span)?;
         }
+        self.note(span);
+        Ok(())
+    }
+
+    fn note(&mut self, span: Span) {
         match self.freed.last_mut() {
             Some(last) if last.first.checked_add(last.count) == Some(span.first) => last.count += span.count,
             _ => self.freed.push(span),
         }
-        Ok(())
+    }
+
+    /// Clusters of an external data file, which has no counts, were used and are not any more.
+    pub(crate) fn note_used(&mut self, span: Span) {
+        if self.state == State::Fresh {
+            self.note(span);
+        }
     }
 
     /// Whether clusters wait for [`release`](Self::release), and how many runs of them.

@@ -9,7 +9,7 @@ use alloc::vec::Vec;
 use instar_blockio::{BlockAlloc, BlockRead, BlockWrite, Error, ErrorKind, Reservation, Result, check_range};
 
 use crate::addr::{GuestOffset, HostOffset};
-use crate::allocator::{Span, State};
+use crate::allocator::Span;
 use crate::l2::{L2Entry, SubclusterState, Subclusters};
 use crate::store::zeroed;
 use crate::write::Writer;
@@ -134,6 +134,7 @@ impl<D: BlockWrite> Writer<D> {
                 if *count == 0 {
                     return Ok(None);
                 }
+                self.main.check_room((first + *count) * geometry.cluster_size())?;
                 self.check_place(Span { first, count: *count })?;
                 first
             }
@@ -212,8 +213,10 @@ impl<D: BlockWrite> Writer<D> {
                     }
                     (SubclusterState::Allocated, _) => (),
                     // Another reservation of this subcluster has cleared it before.
-                    _ if touched && !prepared => self.clear(place, start, end)?,
-                    _ => (),
+                    _ if !touched || prepared => (),
+                    // The place may hold what was there before the zeroes.
+                    (SubclusterState::Zero, _) if kept => self.clusters_file().fill(place + start, end - start)?,
+                    _ => self.clear(place, start, end)?,
                 }
             }
         }
@@ -228,11 +231,8 @@ impl<D: BlockWrite> Writer<D> {
 
     /// Makes the bytes `start..end` of the cluster at `place` zero.
     fn clear(&mut self, place: u64, start: u64, end: u64) -> Result<()> {
-        let pristine = match &self.data {
-            Some(data) => self.state == State::Fresh && data.is_sparse(),
-            None => self.main.is_sparse() && self.alloc.is_pristine(Span { first: self.cluster_of(place), count: 1 }),
-        };
-        if pristine {
+        let pristine = self.alloc.is_pristine(Span { first: self.cluster_of(place), count: 1 });
+        if pristine && self.clusters_file().is_sparse() {
             self.clusters_file().extend(place + end);
             return Ok(());
         }
@@ -305,6 +305,7 @@ impl<D: BlockWrite> Writer<D> {
     fn free_unlinked(&mut self, guest: Span, host: u64) -> Result<()> {
         let size = self.header.geometry.cluster_size();
         if self.data.is_some() {
+            self.alloc.note_used(guest);
             return Ok(());
         }
         for index in 0..guest.count {

@@ -37,6 +37,11 @@ impl<D: BlockWrite> Store<D> {
         self.file.limits().grows
     }
 
+    /// Whether the file can hold bytes up to `end`.
+    pub(crate) fn check_room(&self, end: u64) -> Result<()> {
+        if self.is_sparse() || end <= self.file.size() { Ok(()) } else { Err(ErrorKind::NoSpace.into()) }
+    }
+
     /// Lets the image reach to `end` at least.
     pub(crate) fn extend(&mut self, end: u64) {
         self.end = self.end.max(end);
@@ -51,6 +56,9 @@ impl<D: BlockWrite> Store<D> {
     }
 
     pub(crate) fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
         self.file.write_at(offset, bytes)?;
         self.extend(offset.saturating_add(bytes.len() as u64));
         Ok(())

@@ -37,6 +37,10 @@ use crate::store::{Store, zeroed};
 const L2_CACHE_LEN: usize = 8 << 20;
 /// Runs of freed clusters that wait for a flush at most.
 const MAX_WAITING: usize = 1024;
+/// What a device writes as a whole, bytes; the smallest cluster has as many.
+const SECTOR: usize = 512;
+/// Entries of the L1 table that are written at once.
+const L1_ENTRIES_PER_WRITE: usize = 1 << 17;
 /// Header fields that change alone: the disk's size, the L1 table's entries and place, the autoclear bits.
 const SIZE_FIELD: u64 = core::mem::offset_of!(RawHeader, size) as u64;
 const L1_FIELDS: u64 = core::mem::offset_of!(RawHeader, l1_size) as u64;
@@ -311,6 +315,7 @@ impl<D: BlockWrite> Writer<D> {
     /// Takes clusters for data or tables.
     pub(crate) fn take_clusters(&mut self, count: u64) -> blockio::Result<u64> {
         let first = self.alloc.allocate(&mut self.main, count)?;
+        self.main.check_room((first + count) << self.header.geometry.cluster_bits())?;
         self.check_place(Span { first, count })?;
         Ok(first)
     }
@@ -341,7 +346,11 @@ impl<D: BlockWrite> Writer<D> {
         let span = match entry {
             L2Entry::Compressed { host, len } => self.alloc.touched(host.0, len),
             L2Entry::Cluster { host: Some(host), .. } if self.data.is_none() => self.alloc.touched(host.0, 1),
-            L2Entry::Cluster { .. } => return Ok(()),
+            L2Entry::Cluster { host: Some(host), .. } => {
+                self.alloc.note_used(self.alloc.touched(host.0, 1));
+                return Ok(());
+            }
+            L2Entry::Cluster { host: None, .. } => return Ok(()),
         };
         self.alloc.free(&mut self.main, span)
     }
@@ -382,11 +391,16 @@ impl<D: BlockWrite> Writer<D> {
     }
 
     fn write_l1(&mut self, entries: Range<usize>) -> blockio::Result<()> {
-        let mut bytes = zeroed(entries.len() * 8)?;
-        for (to, from) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(&self.l1[entries.clone()]) {
-            *to = from.to_be_bytes();
+        let mut at = self.header.l1_offset.0 + entries.start as u64 * 8;
+        for part in self.l1[entries].chunks(L1_ENTRIES_PER_WRITE) {
+            let mut bytes = zeroed(part.len() * 8)?;
+            for (to, from) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(part) {
+                *to = from.to_be_bytes();
+            }
+            self.main.write(at, &bytes)?;
+            at += bytes.len() as u64;
         }
-        self.main.write(self.header.l1_offset.0 + entries.start as u64 * 8, &bytes)
+        Ok(())
     }
 
     // --- Order of writes
@@ -463,9 +477,14 @@ impl<D: BlockWrite> Writer<D> {
         if let Some(data) = &mut self.data {
             data.settle()?;
         }
-        self.barrier()?;
+        // A crash may tear a write between sectors, so all but the first one is there before it.
         let first = self.first_cluster()?;
-        self.main.write(0, &first)?;
+        let (head, rest) = first.split_at(SECTOR);
+        if !rest.is_empty() {
+            self.main.write(SECTOR as u64, rest)?;
+        }
+        self.barrier()?;
+        self.main.write(0, head)?;
         Ok(self.main.flush()?)
     }
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use instar_blockio::file::HostFile;
-use instar_blockio::{BlockAlloc, BlockWrite, Codec, FileId, Result};
+use instar_blockio::{BlockAlloc, BlockMapExt, BlockRead, BlockWrite, Codec, ExtentKind, FileId, Result};
 use instar_qcow2::{CreateOptions, OptionError, Preallocation, Writer, create};
 
 const REQUEST: usize = 2 << 20;
@@ -388,4 +388,108 @@ fn convert_moves_the_refcount_table() {
             return;
         }
     }
+}
+
+/// Compressed streams are taken from qemu-img's own image, so that both store the same ones.
+#[test]
+fn compressed_clusters_are_packed_alike() {
+    for (cluster_size, refcount_bits, extended_l2) in [(65536, 16, false), (4096, 8, false), (65536, 1, true)] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut bytes = contents(6 << 20, 5, 60);
+        let mut state = 1u64;
+        for (index, byte) in bytes[..2 << 20].iter_mut().enumerate() {
+            // Every fourth cluster is noise and stays uncompressed.
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1);
+            if index / cluster_size as usize % 4 == 1 || index % 4096 < (state >> 40) as usize % 64 {
+                *byte = (state >> 33) as u8;
+            }
+        }
+        fs::write(dir.path().join("source"), &bytes).unwrap();
+        let options = CreateOptions { cluster_size, refcount_bits, extended_l2, ..defaults(bytes.len() as u64) };
+        let list = option_list(&options);
+        let args = ["convert", "-q", "-c", "-f", "raw", "-O", "qcow2", "-o", &list, "source", "theirs"];
+        let Some(done) = qemu_img(dir.path(), &args) else { return };
+        assert!(done);
+
+        let theirs = fs::read(dir.path().join("theirs")).unwrap();
+        let map = Writer::open(HostFile::open(&dir.path().join("theirs"), true).unwrap(), FileId(0), None).unwrap();
+        let extents: Vec<_> = map.extents(0..map.size()).map(|extent| extent.unwrap()).collect();
+        let streams: Vec<u64> = extents
+            .iter()
+            .filter_map(|extent| match extent.kind {
+                ExtentKind::Compressed(run) => Some(run.host),
+                _ => None,
+            })
+            .collect();
+        assert!(streams.len() > 20);
+        let mut ours = writer(dir.path(), &options);
+        let mut file = HostFile::open(&dir.path().join("ours"), true).unwrap();
+        for extent in extents {
+            match extent.kind {
+                ExtentKind::Compressed(run) => {
+                    // Up to the next stream, or up to the last byte that is not zero.
+                    let next = streams.iter().copied().filter(|&host| host > run.host).min().unwrap_or(u64::MAX);
+                    let end = next.min(run.host + u64::from(run.stored_len)).min(theirs.len() as u64) as usize;
+                    let stored = &theirs[run.host as usize..end];
+                    let len = stored.iter().rposition(|&byte| byte != 0).map_or(1, |last| last + 1);
+                    let len = if next == end as u64 { stored.len() } else { len };
+                    let place = ours.reserve_compressed(extent.offset, len as u32).unwrap();
+                    file.write_at(place.host, &stored[..len]).unwrap();
+                    ours.commit(place).unwrap();
+                }
+                ExtentKind::Data { .. } => {
+                    for at in (extent.offset..extent.end()).step_by(cluster_size as usize) {
+                        let part = &bytes[at as usize..(at + cluster_size) as usize];
+                        let place = ours.reserve(at, cluster_size).unwrap();
+                        file.write_at(place.host, part).unwrap();
+                        ours.commit(place).unwrap();
+                    }
+                }
+                _ => (),
+            }
+        }
+        ours.align_end();
+        ours.finish().unwrap();
+        assert_same(dir.path(), "ours", "theirs", &options);
+    }
+}
+
+#[test]
+fn bitmaps() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |command: &str| {
+        let io = Command::new("qemu-io").current_dir(dir.path()).args(["-c", command, "source"]).output();
+        assert!(io.unwrap().status.success());
+    };
+    let run = |args: &[&str]| qemu_img(dir.path(), args).inspect(|&done| assert!(done));
+    let Some(_) = run(&["create", "-q", "-f", "qcow2", "source", "300M"]) else { return };
+    run(&["bitmap", "--add", "source", "b0"]);
+    run(&["bitmap", "--add", "-g", "512", "--disable", "source", "second"]);
+    write("write -P 7 1M 200k");
+    run(&["bitmap", "--enable", "source", "second"]);
+    write("write -P 8 299M 1000k");
+    run(&["convert", "-q", "--bitmaps", "-O", "qcow2", "source", "theirs"]);
+    let mut ours = writer(dir.path(), &defaults(300 << 20));
+    let mut files = [HostFile::open(&dir.path().join("ours"), true).unwrap()];
+    put(&mut ours, &mut files, 1 << 20, &[7; 200 << 10]).unwrap();
+    put(&mut ours, &mut files, 299 << 20, &[8; 1000 << 10]).unwrap();
+    for (name, granularity_bits, ranges) in [
+        (&b"b0"[..], 16, vec![(1u64 << 20, 200u64 << 10), (299 << 20, 1000 << 10)]),
+        (&b"second"[..], 9, vec![(299 << 20, 1000 << 10)]),
+    ] {
+        let fill = |at: u64, buf: &mut [u8]| {
+            buf.fill(0);
+            for (start, len) in &ranges {
+                for bit in start >> granularity_bits..=(start + len - 1) >> granularity_bits {
+                    if (at..at + buf.len() as u64).contains(&(bit / 8)) {
+                        buf[(bit / 8 - at) as usize] |= 1 << (bit % 8);
+                    }
+                }
+            }
+            Ok(())
+        };
+        ours.add_bitmap(name, granularity_bits, true, fill).unwrap();
+    }
+    ours.finish().unwrap();
+    assert_same(dir.path(), "ours", "theirs", &"bitmaps");
 }

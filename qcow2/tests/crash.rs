@@ -1,0 +1,250 @@
+//! What a crash leaves: a fresh file is no image before its last write; an image that is changed in place stays valid,
+//! with leaked clusters at worst, and what was flushed stays readable.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::process::Command;
+
+use instar_blockio::test::{CrashLog, Trace};
+use instar_blockio::{BlockRead, BlockWrite, FileId, MemBlock, ZeroMode};
+use instar_qcow2::{CreateOptions, GuestOffset, Header, L1Entry, L2Entry, L2Format, Writer, create};
+
+const SECTOR: usize = 512;
+
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (self.0 >> 24) % limit
+    }
+}
+
+fn word(bytes: &[u8], at: u64) -> u64 {
+    bytes.get(at as usize..).and_then(|rest| rest.first_chunk()).map_or(0, |word| u64::from_be_bytes(*word))
+}
+
+/// Counts references to clusters and holds them against the refcounts (of 16 bits): fewer counts than references, or a
+/// copied flag where the count is not one, would be damage. Images without snapshots only.
+fn check(bytes: &[u8]) {
+    let header = Header::parse(bytes).unwrap();
+    let geometry = header.geometry;
+    assert_eq!(geometry.refcount_bits(), 16);
+    let size = geometry.cluster_size();
+    let mut references: BTreeMap<u64, u64> = BTreeMap::new();
+    let mut copied = Vec::new();
+    let mut refer = |at: u64, len: u64| {
+        for cluster in at / size..(at + len).div_ceil(size) {
+            *references.entry(cluster).or_default() += 1;
+        }
+    };
+    refer(0, 1);
+    refer(header.l1_offset.0, u64::from(header.l1_entries) * 8);
+    let table = header.refcount_table_offset.0;
+    refer(table, u64::from(header.refcount_table_clusters) * size);
+    let blocks: Vec<u64> =
+        (0..u64::from(header.refcount_table_clusters) * size / 8).map(|index| word(bytes, table + index * 8)).collect();
+    blocks.iter().filter(|&&block| block != 0).for_each(|&block| refer(block, 1));
+    let format = L2Format::new(&header);
+    for index in 0..u64::from(header.l1_entries) {
+        let entry = L1Entry::decode(word(bytes, header.l1_offset.0 + index * 8));
+        let Some(l2) = entry.table else { continue };
+        refer(l2.0, 1);
+        if entry.copied {
+            copied.push(l2.0);
+        }
+        for slot in 0..geometry.l2_entries() {
+            let at = l2.0 + slot * geometry.l2_entry_size();
+            let bitmap = if geometry.extended_l2() { word(bytes, at + 8) } else { 0 };
+            let guest = GuestOffset(index * geometry.l2_span() + slot * size);
+            match format.decode(guest, word(bytes, at), bitmap).unwrap() {
+                L2Entry::Compressed { host, len } => refer(host.0, len),
+                L2Entry::Cluster { host: Some(host), copied: once, .. } => {
+                    refer(host.0, 1);
+                    if once {
+                        copied.push(host.0);
+                    }
+                }
+                L2Entry::Cluster { .. } => (),
+            }
+        }
+    }
+    let count = |cluster: u64| {
+        let per_block = geometry.refcounts_per_block();
+        let block = blocks.get((cluster / per_block) as usize).copied().unwrap_or(0);
+        if block == 0 { 0 } else { word(bytes, block + cluster % per_block * 2) >> 48 }
+    };
+    for (&cluster, &references) in &references {
+        assert!(count(cluster) >= references, "cluster {cluster}: count {} of {references}", count(cluster));
+    }
+    for at in copied {
+        assert_eq!(count(at / size), 1, "copied flag of cluster {}", at / size);
+    }
+}
+
+/// A change and when it was done: the number of recorded events afterwards, and the sectors that it set.
+struct Change {
+    events: usize,
+    sectors: Vec<usize>,
+    value: u8,
+    flush: bool,
+}
+
+/// Changes an image at random, with values that tell the changes apart.
+fn change<D: BlockWrite>(image: &mut Writer<D>, trace: &Trace, random: &mut Random, count: usize) -> Vec<Change> {
+    let sectors_in_all = image.size() / SECTOR as u64;
+    (0..count)
+        .map(|index| {
+            let first = random.below(sectors_in_all);
+            let len = 1 + random.below(60).min(sectors_in_all - first - 1);
+            let (offset, bytes) = (first * SECTOR as u64, len * SECTOR as u64);
+            let kind = random.below(9);
+            let value = if kind < 5 { index as u8 % 250 + 2 } else { 0 };
+            match kind {
+                0..5 => image.write_at(offset, &vec![value; bytes as usize]).unwrap(),
+                5 => image.write_zeroes(offset, bytes, ZeroMode::Unmap).unwrap(),
+                6 => image.write_zeroes(offset, bytes, ZeroMode::KeepAllocated).unwrap(),
+                7 => image.discard(offset, bytes).unwrap(),
+                _ => image.flush().unwrap(),
+            }
+            let sectors = if kind < 8 { (first as usize..(first + len) as usize).collect() } else { Vec::new() };
+            Change { events: trace.events().len(), sectors, value, flush: kind == 8 }
+        })
+        .collect()
+}
+
+/// The values that a sector may have after a crash.
+fn allowed(changes: &[Change], cut: usize, sector: usize, before: u8) -> Vec<u8> {
+    let durable = changes.iter().rposition(|change| change.flush && change.events <= cut);
+    let mut values = vec![before];
+    let mut last_cut = 0;
+    for (index, change) in changes.iter().enumerate() {
+        if last_cut > cut {
+            break;
+        }
+        last_cut = change.events;
+        if change.sectors.contains(&sector) {
+            // A discard may leave what was there.
+            if durable.is_some_and(|durable| index < durable) && change.value != 0 {
+                values.clear();
+            }
+            values.push(change.value);
+        }
+    }
+    values
+}
+
+fn run(options: &CreateOptions, seed: u64, count: usize) {
+    let mut file = MemBlock::default();
+    let mut image = create(&mut file, FileId(0), None, options).unwrap();
+    image.write_at(0, &vec![1; options.size as usize / 2]).unwrap();
+    image.finish().unwrap();
+    let (log, trace) = CrashLog::new(file);
+    let mut image = Writer::open(log, FileId(0), None).unwrap();
+    let changes = change(&mut image, &trace, &mut Random(seed), count);
+    image.finish().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let by_qemu = Command::new("qemu-img").arg("--version").output().is_ok();
+    if !by_qemu {
+        eprintln!("SKIPPED: qemu-img is not installed, its check was not asked");
+    }
+    let mut states = 0;
+    for state in trace.states(seed, 3) {
+        let bytes = state.disk.as_bytes();
+        check(bytes);
+        if states % 97 == 0 && by_qemu {
+            fs::write(dir.path().join("state"), bytes).unwrap();
+            let checked =
+                Command::new("qemu-img").args(["check", "-q"]).arg(dir.path().join("state")).output().unwrap();
+            assert!(matches!(checked.status.code(), Some(0 | 3)), "{checked:?}");
+        }
+        if states % 5 == 0 {
+            let cut = state.cut;
+            let image = Writer::open(state.disk, FileId(0), None).unwrap();
+            let mut sector_bytes = [0; SECTOR];
+            for sector in 0..options.size as usize / SECTOR {
+                image.read_at((sector * SECTOR) as u64, &mut sector_bytes).unwrap();
+                let before = u8::from(sector < options.size as usize / SECTOR / 2);
+                let values = allowed(&changes, cut, sector, before);
+                assert!(
+                    sector_bytes.iter().all(|byte| *byte == sector_bytes[0]) && values.contains(&sector_bytes[0]),
+                    "cut {cut} sector {sector}: {} is none of {values:?}",
+                    sector_bytes[0]
+                );
+            }
+        }
+        states += 1;
+    }
+    assert!(states > count, "{states}");
+}
+
+#[test]
+fn changes_in_place() {
+    let base = CreateOptions { size: 256 << 10, ..CreateOptions::default() };
+    run(&CreateOptions { cluster_size: 4096, ..base.clone() }, 1, 60);
+    run(&CreateOptions { cluster_size: 512, ..base.clone() }, 2, 60);
+    run(&CreateOptions { cluster_size: 16384, extended_l2: true, ..base.clone() }, 3, 60);
+    run(&CreateOptions { cluster_size: 2048, version: 2, ..base }, 4, 60);
+}
+
+/// Every table has to grow: L1, refcount blocks, the refcount table.
+#[test]
+fn growth_in_place() {
+    let options = CreateOptions { cluster_size: 512, size: 64 << 10, ..CreateOptions::default() };
+    let mut file = MemBlock::default();
+    let mut image = create(&mut file, FileId(0), None, &options).unwrap();
+    image.write_at(0, &[1; 64 << 10]).unwrap();
+    image.finish().unwrap();
+    let (log, trace) = CrashLog::new(file);
+    let mut image = Writer::open(log, FileId(0), None).unwrap();
+    for step in 1..=3u64 {
+        image.set_size((64 << 10) + step * (5 << 20)).unwrap();
+        image.write_at((64 << 10) + (step - 1) * (5 << 20), &vec![2; 3 << 20]).unwrap();
+        image.flush().unwrap();
+    }
+    assert!(image.header().l1_entries > 300);
+    image.finish().unwrap();
+    let events = trace.events().len();
+    let mut longest = 0;
+    for state in trace.states(9, 1) {
+        // All states around the flushes would take minutes.
+        if state.cut % 7 == 0 || state.cut > events - 40 {
+            check(state.disk.as_bytes());
+            let header = Header::parse(state.disk.as_bytes()).unwrap();
+            longest = longest.max(header.refcount_table_clusters);
+            let image = Writer::open(state.disk, FileId(0), None).unwrap();
+            let mut old = [0; 64 << 10];
+            image.read_at(0, &mut old).unwrap();
+            assert!(old.iter().all(|&byte| byte == 1));
+        }
+    }
+    assert!(longest > 1);
+}
+
+#[test]
+fn fresh_file_is_no_image_before_the_end() {
+    let options = CreateOptions {
+        cluster_size: 4096,
+        size: 4 << 20,
+        backing_file: Some(vec![b'n'; 1000]),
+        backing_format: Some(b"raw".to_vec()),
+        ..CreateOptions::default()
+    };
+    let (log, trace) = CrashLog::new(MemBlock::default());
+    let mut image = create(log, FileId(0), None, &options).unwrap();
+    image.write_at(0, &vec![3; 1 << 20]).unwrap();
+    image.finish().unwrap();
+    let (mut whole, mut none) = (0, 0);
+    for state in trace.states(5, 4) {
+        let bytes = state.disk.as_bytes();
+        if bytes.starts_with(b"QFI\xfb") {
+            check(bytes);
+            let name_at = word(bytes, 8) as usize;
+            assert_eq!(&bytes[name_at..name_at + 1000], [b'n'; 1000]);
+            whole += 1;
+        } else {
+            none += 1;
+        }
+    }
+    assert!(whole > 0 && none > 20, "{whole} {none}");
+}
