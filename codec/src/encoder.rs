@@ -4,7 +4,7 @@ use core::fmt;
 
 use instar_blockio::Codec;
 use structured_zstd::encoding::{CompressionLevel, FrameCompressor};
-use zlib_rs::{Deflate, DeflateFlush, Status};
+use zlib_rs::{Deflate, DeflateFlush, Status, compress_bound};
 
 use crate::{Error, Result};
 
@@ -48,9 +48,9 @@ impl Encoder {
     /// [`Error::OutOfMemory`], or [`Error::Unsupported`] for a codec that is not handled.
     pub fn encode(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<Option<usize>> {
         let limit = input.len().saturating_sub(1);
-        out.try_reserve(limit).map_err(|_| Error::OutOfMemory)?;
+        out.try_reserve(bound(input.len())).map_err(|_| Error::OutOfMemory)?;
         match &mut self.state {
-            State::Deflate(deflate) => encode_deflate(deflate, input, limit, out),
+            State::Deflate(deflate) => Ok(encode_deflate(deflate, input, limit, out)),
             State::Zstd { compressor, frame } => {
                 compressor.compress_independent_frame_into(input, frame);
                 if frame.len() > limit {
@@ -64,17 +64,25 @@ impl Encoder {
     }
 }
 
-fn encode_deflate(deflate: &mut Deflate, input: &[u8], limit: usize, out: &mut Vec<u8>) -> Result<Option<usize>> {
+/// Bytes that a deflate stream of `len` bytes never exceeds: the library's bound for its default window, and something for
+/// the shorter blocks of a smaller one.
+fn bound(len: usize) -> usize {
+    compress_bound(len).saturating_add(len / 32)
+}
+
+/// Always to the end of the stream: zlib-rs 0.6.8 keeps a wrong position in its buffer when a stream that did not fit is
+/// given up by `reset`, and panics some streams later.
+fn encode_deflate(deflate: &mut Deflate, input: &[u8], limit: usize, out: &mut Vec<u8>) -> Option<usize> {
     let start = out.len();
-    out.resize(start + limit, 0);
+    out.resize(start + bound(input.len()), 0);
     deflate.reset();
     let ended = deflate.compress(input, &mut out[start..], DeflateFlush::Finish);
     let len = match ended {
-        Ok(Status::StreamEnd) => usize::try_from(deflate.total_out()).ok(),
+        Ok(Status::StreamEnd) => usize::try_from(deflate.total_out()).ok().filter(|len| *len <= limit),
         _ => None,
     };
     out.truncate(start + len.unwrap_or(0));
-    Ok(len)
+    len
 }
 
 impl fmt::Debug for Encoder {

@@ -129,6 +129,31 @@ fn what_does_not_shrink_is_refused() {
     }
 }
 
+/// One encoder for many units that do not shrink, and some that do: zlib-rs must not remember the ones given up.
+#[test]
+fn encoders_forget_what_did_not_shrink() {
+    for codec in [Codec::Deflate, Codec::Zlib, Codec::Zstd] {
+        let mut encoder = Encoder::new(codec);
+        let mut noise = 3_u64;
+        for round in 0..400 {
+            let unit: Vec<u8> = (0..1024)
+                .map(|at| {
+                    noise ^= noise << 13;
+                    noise ^= noise >> 7;
+                    noise ^= noise << 17;
+                    if round % 7 == 0 { at as u8 / 64 } else { noise as u8 }
+                })
+                .collect();
+            let mut out = Vec::new();
+            let len = encoder.encode(&unit, &mut out).unwrap();
+            assert_eq!(len.is_some(), round % 7 == 0, "{codec:?}");
+            if len.is_some() {
+                assert_eq!(decode(codec, &out, unit.len()).as_deref(), Ok(&unit[..]));
+            }
+        }
+    }
+}
+
 #[test]
 fn bytes_behind_the_stream_are_ignored_and_missing_ones_are_not() {
     let unit = b"cluster ".repeat(512);
