@@ -421,6 +421,8 @@ impl<D: BlockWrite> BlockAlloc for Writer<D> {
         self.settle_freed()
     }
 
+    /// Bytes that were written before are not undone where a cluster stays in use: for another open reservation, or
+    /// because the disk offset owned it before.
     fn abort(&mut self, undone: Reservation) -> Result<()> {
         self.take_open(&undone)?;
         if undone.compressed {
