@@ -1,6 +1,6 @@
 //! What qemu-img says: texts made of typed causes. The guest sends no text of its own.
 
-use instar_guest_protocol::message::{Cause, Failure, Field, Format, OptionError, Step};
+use instar_guest_protocol::message::{BitmapFault, Cause, Failure, Field, Format, OptionError, Step};
 
 use crate::formats;
 use crate::problem::{Problem, os_text, printable};
@@ -25,15 +25,21 @@ pub fn open_failure(failure: &Failure) -> Problem {
         Cause::HeaderTooShort => "qcow2 header too short".to_owned(),
         Cause::UnsupportedVersion => format!("Unsupported {format} version {}", failure.value),
         Cause::UnknownFeatures => {
-            let names = match failure.text.is_empty() {
-                true => format!("Unknown incompatible feature: {:x}", failure.value),
-                false => printable(&failure.text).replace(',', ", "),
-            };
+            let mut names = printable(&failure.text);
+            if failure.value2 != 0 {
+                let separator = if names.is_empty() { "" } else { ", " };
+                names.push_str(&format!("{separator}Unknown incompatible feature: {:x}", failure.value2));
+            }
             format!("Unsupported {format} feature(s): {names}")
         }
         Cause::UnsupportedClusterSize => format!("Unsupported cluster size: 2^{}", failure.value),
         Cause::ImageTooBig => "Image is too big".to_owned(),
+        Cause::InvalidField if failure.value == Field::SnapshotEntry as u64 => {
+            return Problem::new(field(failure))
+                .with_hint("You can force-remove this extra metadata with qemu-img check -r all");
+        }
         Cause::InvalidField => field(failure),
+        Cause::MarkedDirty => "The image was not closed cleanly; it can't be written before it is repaired".to_owned(),
         Cause::MarkedCorrupt => "qcow2: Image is corrupt; cannot be opened read/write".to_owned(),
         Cause::Encrypted => "Parameter 'encrypt.key-secret' is required for cipher".to_owned(),
         Cause::CorruptMetadata => format!("The image's metadata is corrupt (at offset {})", failure.value),
@@ -157,7 +163,7 @@ fn field(failure: &Failure) -> String {
         Field::RefcountTableMissing => "Image does not contain a reference count table",
         Field::SnapshotTableSize => "Snapshot table too large",
         Field::SnapshotTableOffset => "Snapshot table offset invalid",
-        Field::SnapshotEntry => "Too much extra metadata in snapshot table entry",
+        Field::SnapshotEntry => return format!("Too much extra metadata in snapshot table entry {value}"),
         Field::SnapshotL1Size => "Snapshot L1 table too large",
         Field::SnapshotL1Offset => "Snapshot L1 table offset invalid",
         Field::ExtensionLength => "Header extension too large",
@@ -166,8 +172,8 @@ fn field(failure: &Failure) -> String {
         Field::CompressionBitSet => "qcow2: Compression type incompatible feature bit must not be set",
         Field::CompressionBitMissing => "qcow2: Compression type incompatible feature bit must be set",
         Field::ExtendedL2ClusterSize => return format!("Unsupported subcluster size: {value}"),
-        Field::BitmapDirectory => "Failed to load bitmaps: the bitmap directory is corrupt",
-        Field::EncryptionHeader => "Could not read the encryption header: Volume is not in LUKS format",
+        Field::BitmapDirectory => return bitmap_directory(failure),
+        Field::EncryptionHeader => "Volume is not in LUKS format",
         Field::DataFileMissing => "'data-file' is required for this image",
         Field::BackingFormatLength => {
             return format!("ERROR: ext_backing_format: len={value} too large (>={BACKING_FORMAT_ROOM})");
@@ -184,7 +190,7 @@ fn field(failure: &Failure) -> String {
         Field::BitmapsReserved => "bitmaps_ext: Reserved field is not zero",
         Field::BitmapsCount => {
             return format!(
-                "bitmaps_ext: image has {value} bitmaps, exceeding the QEMU supported maximum of {MAX_BITMAPS}"
+                "bitmaps_ext: Image has {value} bitmaps, exceeding the QEMU supported maximum of {MAX_BITMAPS}"
             );
         }
         Field::BitmapsNone => "found bitmaps extension with zero bitmaps",
@@ -195,11 +201,30 @@ fn field(failure: &Failure) -> String {
                  ({MAX_BITMAP_DIRECTORY})"
             );
         }
+        Field::SizeOverflow => "The virtual size is too large",
+        Field::SnapshotTableBytes => "Snapshot table is too large",
         Field::RawFlagWithoutDataFile => "data-file-raw requires data-file",
         // A field that is newer than this table.
         _ => "A header field is invalid",
     };
     text.to_owned()
+}
+
+fn bitmap_directory(failure: &Failure) -> String {
+    let name = printable(&failure.text);
+    match BitmapFault::try_from(failure.value2 as i32).unwrap_or(BitmapFault::Unspecified) {
+        BitmapFault::Empty => "Requested bitmap_directory_size is zero".to_owned(),
+        BitmapFault::Broken => "Broken bitmap directory".to_owned(),
+        BitmapFault::MoreThanSaid => "More bitmaps found than specified in header extension".to_owned(),
+        BitmapFault::FewerThanSaid => "Less bitmaps found than specified in header extension".to_owned(),
+        BitmapFault::ExtraData => "Bitmap extra data is not supported".to_owned(),
+        BitmapFault::Constraints => format!("Bitmap '{name}' doesn't satisfy the constraints"),
+        BitmapFault::Duplicate => format!("Bitmap already exists: {name}"),
+        BitmapFault::Table | BitmapFault::TableSize => {
+            format!("Could not read bitmap_table table from image for bitmap '{name}'")
+        }
+        BitmapFault::Unspecified => "Broken bitmap directory".to_owned(),
+    }
 }
 
 fn option_error(error: OptionError) -> &'static str {
@@ -253,8 +278,8 @@ mod tests {
         assert_eq!(text(failure(Cause::NotInFormat)), "Image is not in qcow2 format");
         assert_eq!(text(Failure { value: 9, ..failure(Cause::UnsupportedVersion) }), "Unsupported qcow2 version 9");
         assert_eq!(
-            text(Failure { value: 1 << 63, ..failure(Cause::UnknownFeatures) }),
-            "Unsupported qcow2 feature(s): Unknown incompatible feature: 8000000000000000"
+            text(Failure { value: 3 << 62, value2: 1 << 63, text: b"a".to_vec(), ..failure(Cause::UnknownFeatures) }),
+            "Unsupported qcow2 feature(s): a, Unknown incompatible feature: 8000000000000000"
         );
         assert_eq!(
             text(Failure { value: 40, ..failure(Cause::UnsupportedClusterSize) }),
@@ -268,13 +293,14 @@ mod tests {
 
     #[test]
     fn every_field_and_option_has_a_text() {
-        for value in 0..=36 {
-            let text = open_failure(&Failure { value, ..failure(Cause::InvalidField) }).to_string();
-            assert!(!text.contains("gave up"), "{value}");
+        for value in (1..).take_while(|value| Field::try_from(*value).is_ok()) {
+            let text = open_failure(&Failure { value: value as u64, ..failure(Cause::InvalidField) }).to_string();
+            assert!(!text.contains("gave up") && text != "A header field is invalid", "{value}");
         }
-        for value in 0..=12 {
-            let failure = Failure { value, ..failure(Cause::InvalidOptions) };
-            assert!(!create_failure(&failure, Format::Qcow2).to_string().contains("gave up"), "{value}");
+        for value in (1..).take_while(|value| OptionError::try_from(*value).is_ok()) {
+            let failure = Failure { value: value as u64, ..failure(Cause::InvalidOptions) };
+            let text = create_failure(&failure, Format::Qcow2).to_string();
+            assert!(!text.contains("gave up") && !text.contains("contradict each other"), "{value}");
         }
     }
 

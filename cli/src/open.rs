@@ -137,7 +137,6 @@ const PROTOCOLS: &[&str] = &[
     "https",
     "iscsi",
     "iser",
-    "json",
     "nbd",
     "nbd+tcp",
     "nbd+unix",

@@ -366,7 +366,7 @@ impl Plan {
             false => ImageSpec::of_file(target, Some(arguments.target_format()))?,
         };
         let within = |text: &str| Problem::new(text).within(format!("Could not open '{}'", spec.given));
-        if arguments.force_share || spec.force_share {
+        if spec.force_share {
             return Err(within("force-share=on can only be used with read-only images"));
         }
         let format = match spec.format {

@@ -83,7 +83,7 @@ pub fn snapshots(snapshots: &[Snapshot], local: &dyn Fn(u32) -> String) -> Strin
             &size(snapshot.vm_state_size),
             &local(snapshot.date_sec),
             &clock,
-            &snapshot.icount.map(|count| count.to_string()).unwrap_or_default(),
+            &snapshot.icount.map(|count| count.to_string()).unwrap_or_else(|| "--".to_owned()),
         ]));
     }
     table

@@ -67,6 +67,11 @@ impl Described<'_> {
         Some((join_name(self.file, &stored), stored))
     }
 
+    /// The format recorded for the backing file; without such a file it means nothing.
+    fn backing_format(&self) -> Option<&[u8]> {
+        self.info.backing_file.as_ref().and(self.info.backing_format.as_deref())
+    }
+
     /// For people.
     pub fn human(&self) -> String {
         let size = |bytes| format!("{} ({bytes} bytes)", human::size(bytes));
@@ -92,7 +97,7 @@ impl Described<'_> {
             };
             line("backing file", &format!("{}{actual}", printable(stored.as_bytes())));
         }
-        if let Some(format) = &self.info.backing_format {
+        if let Some(format) = self.backing_format() {
             line("backing file format", &printable(format));
         }
         if !self.info.snapshots.is_empty() {
@@ -127,7 +132,7 @@ impl Described<'_> {
         if !self.info.snapshots.is_empty() {
             put("snapshots", Node::List(self.info.snapshots.iter().map(snapshot).collect()));
         }
-        if let Some(format) = &self.info.backing_format {
+        if let Some(format) = self.backing_format() {
             put("backing-filename-format", Node::bytes(format));
         }
         put("virtual-size", Node::Int(self.virtual_size()));
