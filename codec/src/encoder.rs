@@ -1,28 +1,20 @@
-use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::fmt;
 
 use instar_blockio::Codec;
-use structured_zstd::encoding::{CompressionLevel, FrameCompressor};
-use zlib_rs::{Deflate, DeflateFlush, Status, compress_bound};
 
+use crate::deflate::Deflate;
+use crate::zstd::Compress;
 use crate::{Error, Result};
 
-/// log2 of the deflate window: 4 KiB, which QEMU and other readers of qcow2 provide.
-const WINDOW_BITS: u8 = 12;
-/// The level that QEMU's default corresponds to.
-const DEFLATE_LEVEL: i32 = 6;
-/// Zstandard's default level, as in QEMU.
-const ZSTD_LEVEL: i32 = 3;
-
-/// Encodes units by one codec; keeps its working memory (at most about 2 MiB) between them.
+/// Encodes units by one codec; keeps its working memory between them.
 pub struct Encoder {
     state: State,
 }
 
 enum State {
     Deflate(Deflate),
-    Zstd { compressor: Box<FrameCompressor>, frame: Vec<u8> },
+    Zstd(Compress),
     Unsupported,
 }
 
@@ -30,12 +22,9 @@ impl Encoder {
     /// An encoder with its working memory.
     pub fn new(codec: Codec) -> Self {
         let state = match codec {
-            Codec::Deflate => State::Deflate(Deflate::new(DEFLATE_LEVEL, false, WINDOW_BITS)),
-            Codec::Zlib => State::Deflate(Deflate::new(DEFLATE_LEVEL, true, WINDOW_BITS)),
-            Codec::Zstd => {
-                let compressor = Box::new(FrameCompressor::new(CompressionLevel::Level(ZSTD_LEVEL)));
-                State::Zstd { compressor, frame: Vec::new() }
-            }
+            Codec::Deflate => State::Deflate(Deflate::new(false)),
+            Codec::Zlib => State::Deflate(Deflate::new(true)),
+            Codec::Zstd => State::Zstd(Compress::new()),
             _ => State::Unsupported,
         };
         Self { state }
@@ -48,14 +37,14 @@ impl Encoder {
     /// [`Error::OutOfMemory`], or [`Error::Unsupported`] for a codec that is not handled.
     pub fn encode(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<Option<usize>> {
         let limit = input.len().saturating_sub(1);
-        out.try_reserve(bound(input.len())).map_err(|_| Error::OutOfMemory)?;
         match &mut self.state {
-            State::Deflate(deflate) => Ok(encode_deflate(deflate, input, limit, out)),
-            State::Zstd { compressor, frame } => {
-                compressor.compress_independent_frame_into(input, frame);
+            State::Deflate(deflate) => deflate.append(input, limit, out),
+            State::Zstd(compress) => {
+                let frame = compress.compress(input);
                 if frame.len() > limit {
                     return Ok(None);
                 }
+                out.try_reserve(frame.len()).map_err(|_| Error::OutOfMemory)?;
                 out.extend_from_slice(frame);
                 Ok(Some(frame.len()))
             }
@@ -64,32 +53,11 @@ impl Encoder {
     }
 }
 
-/// Bytes that a deflate stream of `len` bytes never exceeds: the library's bound for its default window, and something for
-/// the shorter blocks of a smaller one.
-fn bound(len: usize) -> usize {
-    compress_bound(len).saturating_add(len / 32)
-}
-
-/// Always to the end of the stream: zlib-rs 0.6.8 keeps a wrong position in its buffer when a stream that did not fit is
-/// given up by `reset`, and panics some streams later.
-fn encode_deflate(deflate: &mut Deflate, input: &[u8], limit: usize, out: &mut Vec<u8>) -> Option<usize> {
-    let start = out.len();
-    out.resize(start + bound(input.len()), 0);
-    deflate.reset();
-    let ended = deflate.compress(input, &mut out[start..], DeflateFlush::Finish);
-    let len = match ended {
-        Ok(Status::StreamEnd) => usize::try_from(deflate.total_out()).ok().filter(|len| *len <= limit),
-        _ => None,
-    };
-    out.truncate(start + len.unwrap_or(0));
-    len
-}
-
 impl fmt::Debug for Encoder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let codec = match self.state {
             State::Deflate(_) => "deflate",
-            State::Zstd { .. } => "zstd",
+            State::Zstd(_) => "zstd",
             State::Unsupported => "unsupported",
         };
         f.debug_struct("Encoder").field("codec", &codec).finish_non_exhaustive()

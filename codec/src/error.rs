@@ -8,6 +8,8 @@ pub enum Error {
     Damaged,
     /// The stream ends before the unit is full: bytes decoded.
     TooShort(usize),
+    /// The stream goes on behind the end of the unit.
+    TooLong,
     /// This codec is not handled.
     Unsupported,
     /// Working memory could not be had.
@@ -22,6 +24,7 @@ impl fmt::Display for Error {
         match self {
             Self::Damaged => f.write_str("damaged compressed stream"),
             Self::TooShort(len) => write!(f, "compressed stream ends after {len} bytes"),
+            Self::TooLong => f.write_str("compressed stream does not end with its unit"),
             Self::Unsupported => f.write_str("unsupported codec"),
             Self::OutOfMemory => f.write_str("out of memory"),
         }
