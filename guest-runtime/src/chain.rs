@@ -3,7 +3,7 @@
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 
-use instar_blockio::{BlockRead, FileId, Layer, Overlay};
+use instar_blockio::{BlockRead, FileId, Layer, MemBlock, Overlay};
 use instar_guest_protocol::limits::MAX_CHAIN_DEPTH;
 use instar_guest_protocol::message::{
     Cause, Failure, Field, FileRole, Format, OpenFile, SnapshotSelector, Source, Step,
@@ -17,7 +17,7 @@ use crate::platform::{File, Platform};
 /// Opens an image that the user named, with everything below it, as one disk.
 ///
 /// `top_only` leaves the backing chain closed: what the image does not allocate stays
-/// [`Unallocated`](instar_blockio::ExtentKind::Unallocated).
+/// [`Unallocated`](instar_blockio::ExtentKind::Unallocated) for its backing file to answer, and is zero if it has none.
 ///
 /// # Errors
 /// The first image of the chain that can't be opened; a chain longer than [`MAX_CHAIN_DEPTH`].
@@ -28,6 +28,7 @@ pub fn open_source<P: Platform>(platform: &P, source: &Source, top_only: bool) -
         select_snapshot(&mut image, FileId(device), selector)?;
     }
     let mut layers: Vec<Box<dyn Layer>> = Vec::new();
+    let ends_here = top_only && image.backing_file().is_none();
     loop {
         let below = match top_only {
             true => None,
@@ -42,6 +43,10 @@ pub fn open_source<P: Platform>(platform: &P, source: &Source, top_only: bool) -
             }
             Some(next) => (device, image) = next,
         }
+    }
+    if ends_here {
+        // An empty layer below: behind its end, everything reads as zero.
+        layers.push(Box::new(MemBlock::from(Vec::new())));
     }
     Ok(match layers.len() {
         1 => layers.swap_remove(0),
