@@ -227,7 +227,7 @@ fn allocate(device: &Device, offset: u64, len: u64, scratch: &mut Scratch) -> Re
 
 /// The kind of what is at an offset of a file, and where it ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Run {
+struct Run {
     /// First byte behind.
     pub end: u64,
     /// Data, not a hole.
@@ -235,7 +235,7 @@ pub struct Run {
 }
 
 /// The run of data or hole at `offset`, which lies before the end of the file. What the host can't tell is data.
-pub fn run_at(device: &Device, offset: u64) -> Result<Run, Errno> {
+fn run_at(device: &Device, offset: u64) -> Result<Run, Errno> {
     let all_data = Run { end: device.len(), data: true };
     let found = Lacks::try_once(&device.lacks.seek_data, || {
         let data = match seek(device.file(), SeekFrom::Data(offset)) {
@@ -254,6 +254,15 @@ pub fn run_at(device: &Device, offset: u64) -> Result<Run, Errno> {
         // An answer that does not go forward would never end.
         Some(Ok(run)) if run.end <= offset => Ok(all_data),
         Some(result) => result,
+    }
+}
+
+/// Where data begins at or behind `offset`: the length of the device if there is none, `offset` if that can't be told.
+pub fn next_data(device: &Device, offset: u64) -> Result<u64, Errno> {
+    match Lacks::try_once(&device.lacks.seek_data, || seek(device.file(), SeekFrom::Data(offset))) {
+        None => Ok(offset),
+        Some(Err(Errno::NXIO)) => Ok(device.len().max(offset)),
+        Some(found) => Ok(found?.max(offset)),
     }
 }
 

@@ -7,7 +7,7 @@ use instar_guest_protocol::ring::{RequestFlags, RequestHeader};
 use rustix::fs::copy_file_range;
 use rustix::io::{Errno, pread, retry_on_intr};
 
-use super::blk::{Fault, run_at, write_all, write_zeroes};
+use super::blk::{Fault, next_data, write_all, write_zeroes};
 use super::device::{Device, Lacks};
 use crate::rawio::clone_range;
 
@@ -146,53 +146,44 @@ impl Plan<'_> {
         self.source.is_block_device() || self.target.is_block_device()
     }
 
-    /// Copies blocks that are not all zero. Holes of the source are not even read.
+    /// Copies blocks that are not all zero.
+    ///
+    /// Whether the source has holes is asked only where a whole chunk was zero: the question can cost more than reading
+    /// (a file system in memory looks at every page), and data answers it with no.
     fn copy_nonzero(&self, len: u64, block: u64, scratch: &mut Scratch) -> Result<u64, Fault> {
         // Past the end of the source everything is zero; the block across it is judged whole.
         let present = self.source.len().saturating_sub(self.offset).min(len);
-        let (mut at, mut written) = (0, 0);
+        // Sharing costs no space, so zeroes need not be left out.
+        let shared = self.share(0..present)?;
+        let mut written = shared.end - shared.start;
+        // Goes on at a block boundary; what was shared of that block is copied again.
+        let mut at = shared.end / block * block;
         while at < present {
-            let run = run_at(self.source, self.offset + at)?;
-            let run_end = run.end.saturating_sub(self.offset).min(present);
-            if !run.data {
-                // Blocks that lie in the hole as a whole are done; one that reaches into data behind is not.
-                let skipped = if run_end == present { present } else { run_end / block * block };
-                if skipped > at {
-                    at = skipped;
-                    continue;
-                }
-            }
-            // Whole blocks, up to the one that holds the last byte of data.
-            let end = if run.data { run_end } else { at + 1 };
-            let end = end.next_multiple_of(block).min(len);
-            written += self.copy_blocks(at..end, present, block, scratch)?;
-            at = end;
+            let end = at.saturating_add(block.max(CHUNK as u64)).min(present).next_multiple_of(block).min(len);
+            let copied = self.copy_blocks(at..end, present, block, scratch)?;
+            written += copied;
+            at = if copied == 0 { self.behind_hole(end, present, block)? } else { end };
         }
         Ok(written)
     }
 
+    /// The first block at or behind `at` that does not lie in a hole of the source as a whole.
+    fn behind_hole(&self, at: u64, present: u64, block: u64) -> Result<u64, Fault> {
+        if at >= present {
+            return Ok(at);
+        }
+        let data = next_data(self.source, self.offset + at)?.saturating_sub(self.offset);
+        Ok(if data >= present { present } else { at.max(data / block * block) })
+    }
+
     /// Copies the blocks of `range` that are not all zero.
     fn copy_blocks(&self, range: Range<u64>, present: u64, block: u64, scratch: &mut Scratch) -> Result<u64, Fault> {
-        // Sharing costs no space, so zeroes need not be left out.
-        let shared = self.share(range.start..range.end.min(present))?;
-        let mut written = shared.end - shared.start;
-        // Goes on at a block boundary; what was shared of that block is copied again.
-        let mut at = shared.end / block * block;
-        while at < range.end {
-            let count = if block <= CHUNK as u64 {
-                let count = (range.end - at).min(CHUNK as u64);
-                let chunk = &mut scratch.chunk()[..count as usize];
-                self.read_padded(at, present, chunk)?;
-                written += self.write_blocks(at, chunk, block as usize)?;
-                count
-            } else {
-                let count = (range.end - at).min(block);
-                written += self.copy_large_block(at..at + count, present, scratch)?;
-                count
-            };
-            at += count;
+        if block > CHUNK as u64 {
+            return self.copy_large_block(range, present, scratch);
         }
-        Ok(written)
+        let chunk = &mut scratch.chunk()[..(range.end - range.start) as usize];
+        self.read_padded(range.start, present, chunk)?;
+        self.write_blocks(range.start, chunk, block as usize)
     }
 
     /// Writes the blocks of `chunk` that are not all zero, neighbours together.
