@@ -129,11 +129,11 @@ impl Described<'_> {
         let mut members = Vec::new();
         let mut put = |key, value| members.push((key, value));
         put("children", Node::List(if self.is_file() { Vec::new() } else { vec![self.child()] }));
-        if !self.info.snapshots.is_empty() {
-            put("snapshots", Node::List(self.info.snapshots.iter().map(snapshot).collect()));
-        }
         if let Some(format) = self.backing_format() {
             put("backing-filename-format", Node::bytes(format));
+        }
+        if !self.info.snapshots.is_empty() {
+            put("snapshots", Node::List(self.info.snapshots.iter().map(snapshot).collect()));
         }
         put("virtual-size", Node::Int(self.virtual_size()));
         put("filename", Node::text(self.shown));
