@@ -10,7 +10,7 @@ use instar_guest_protocol::message::{FileRole, Format, OpenFile};
 use crate::confine::Confinement;
 use crate::image_opts::ImageSpec;
 use crate::lock::Purpose;
-use crate::open::{Opened, join_name, open_to_read};
+use crate::open::{Opened, Stat, join_name, open_to_read};
 use crate::problem::{Problem, printable};
 use crate::sandbox::{Granted, Machine};
 
@@ -101,6 +101,17 @@ impl Files {
     /// Remembers why a file was refused.
     pub fn refuse(&mut self, refusal: Refusal) {
         self.refusal = Some(refusal);
+    }
+
+    /// Makes sure that a file to be written is none of those that are read, under whatever name and lock.
+    ///
+    /// # Errors
+    /// It is one of them.
+    pub fn check_target(&self, target: &Stat) -> Result<(), Problem> {
+        match self.records.values().any(|record| record.file.stat.identity == target.identity) {
+            true => Err(Problem::new("The target is one of the files to be read")),
+            false => Ok(()),
+        }
     }
 
     /// Would a file be opened that the image on `device` names?

@@ -182,11 +182,17 @@ fn open_existing(path: &Path, mode: OFlags) -> Result<Opened, Problem> {
     }
 }
 
-/// Creates a file, or opens and empties the one that is there; locks it first. A new one is noted among the `leftovers`.
+/// Creates a file, or opens and empties the one that is there; locks it first, and asks `check`. A new one is noted among the
+/// `leftovers`.
 ///
 /// # Errors
-/// `Could not create 'F': …`, or the lock's message.
-pub fn create(path: &Path, shown: &str, leftovers: &mut Leftovers) -> Result<Opened, Problem> {
+/// `Could not create 'F': …`, the lock's message, or that of `check`.
+pub fn create(
+    path: &Path,
+    shown: &str,
+    leftovers: &mut Leftovers,
+    check: &dyn Fn(&Stat) -> Result<(), Problem>,
+) -> Result<Opened, Problem> {
     let failed = |errno| Problem::file("create", &path.display().to_string(), errno);
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
     let mode = Mode::from_raw_mode(0o644);
@@ -209,6 +215,7 @@ pub fn create(path: &Path, shown: &str, leftovers: &mut Leftovers) -> Result<Ope
         }
     }
     file.lock(Purpose::Write, shown)?;
+    check(&stat)?;
     if stat.kind == FileKind::Regular {
         rustix::fs::ftruncate(file.fd.as_fd(), 0).map_err(|errno| {
             Problem::new(format!("Could not resize file: {}", crate::problem::os_text(errno.raw_os_error())))
@@ -273,11 +280,14 @@ mod tests {
         std::fs::write(tmp.path(), b"content").unwrap();
         let mut reader = open_to_read(tmp.path()).unwrap();
         reader.lock(Purpose::Read, "f").unwrap();
-        let refused = create(tmp.path(), "f", &mut Leftovers::default()).unwrap_err();
+        let refused = create(tmp.path(), "f", &mut Leftovers::default(), &|_| Ok(())).unwrap_err();
         assert_eq!(refused.to_string().lines().next(), Some("Failed to get \"write\" lock"));
         assert_eq!(std::fs::read(tmp.path()).unwrap(), b"content");
         drop(reader);
-        create(tmp.path(), "f", &mut Leftovers::default()).unwrap();
+        let check = |_: &Stat| Err(Problem::new("not this one"));
+        assert!(create(tmp.path(), "f", &mut Leftovers::default(), &check).is_err());
+        assert_eq!(std::fs::read(tmp.path()).unwrap(), b"content");
+        create(tmp.path(), "f", &mut Leftovers::default(), &|_| Ok(())).unwrap();
         assert_eq!(std::fs::read(tmp.path()).unwrap(), b"");
     }
 }

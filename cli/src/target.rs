@@ -7,9 +7,11 @@ use instar_guest_protocol::message::{Format, Preallocation, Qcow2Options};
 
 use crate::cleanup::Leftovers;
 use crate::commands::Objects;
+use crate::files::Files;
 use crate::formats::{self, Driver};
+use crate::lock::Purpose;
 use crate::messages;
-use crate::open::{self, FileKind, Opened};
+use crate::open::{self, Opened};
 use crate::options::{Creatable, Options};
 use crate::problem::Problem;
 use crate::sandbox::{Granted, Machine};
@@ -200,32 +202,32 @@ impl NewTarget {
         &self.given
     }
 
-    /// Creates and grants the main file.
+    /// Creates and grants the main file, which must be none of the `sources`.
     ///
     /// # Errors
     /// The message, without the target's name before it.
-    pub fn open_main(&mut self, machine: &mut dyn Machine) -> Result<Granted, Problem> {
+    pub fn open_main(&mut self, machine: &mut dyn Machine, sources: &Files) -> Result<Granted, Problem> {
         let (path, shown) = (self.path.clone(), self.path.display().to_string());
-        self.create(&path, &shown)?;
+        self.create(&path, &shown, sources)?;
         match self.late.take() {
             Some(problem) => Err(problem),
             None => self.grant(machine),
         }
     }
 
-    /// Creates and grants the external data file.
+    /// Creates and grants the external data file, which must be none of the `sources`.
     ///
     /// # Errors
     /// The message, without the target's name before it.
-    pub fn open_data(&mut self, machine: &mut dyn Machine) -> Result<Granted, Problem> {
+    pub fn open_data(&mut self, machine: &mut dyn Machine, sources: &Files) -> Result<Granted, Problem> {
         let name = self.data_file.take();
         let name = name.ok_or_else(|| Problem::new("The sandbox asked for a data file that is not wanted"))?;
-        self.create(Path::new(&name), &name)?;
+        self.create(Path::new(&name), &name, sources)?;
         self.grant(machine)
     }
 
-    fn create(&mut self, path: &Path, shown: &str) -> Result<(), Problem> {
-        let created = open::create(path, shown, &mut self.leftovers)?;
+    fn create(&mut self, path: &Path, shown: &str, sources: &Files) -> Result<(), Problem> {
+        let created = open::create(path, shown, &mut self.leftovers, &|stat| sources.check_target(stat))?;
         self.files.push(created);
         Ok(())
     }
@@ -243,15 +245,15 @@ impl NewTarget {
     }
 }
 
-/// Grants an existing file to be written.
+/// Grants an existing file to be written, which must be none of the `sources`.
 ///
 /// # Errors
 /// The message, without the target's name around it.
-pub fn open_existing(machine: &mut dyn Machine, file: &str) -> Result<(Opened, Granted), Problem> {
+pub fn open_existing(machine: &mut dyn Machine, file: &str, sources: &Files) -> Result<(Opened, Granted), Problem> {
     let mut opened = open::open_to_write(Path::new(file))?;
-    opened.lock(crate::lock::Purpose::Write, file)?;
+    opened.lock(Purpose::Write, file)?;
+    sources.check_target(&opened.stat)?;
     let granted = machine.grant(opened.fd.as_fd(), true)?;
-    debug_assert!(matches!(opened.stat.kind, FileKind::Regular | FileKind::Block));
     Ok((opened, granted))
 }
 

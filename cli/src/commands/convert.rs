@@ -486,7 +486,7 @@ impl ConvertHost<'_> {
             if role != FileRole::Target {
                 return Err(Problem::new("Writing into the external data file of an existing image is not provided"));
             }
-            let opened = open_existing(machine, &spec.file);
+            let opened = open_existing(machine, &spec.file, &self.files);
             let (file, granted) =
                 opened.map_err(|problem| problem.within(format!("Could not open '{}'", spec.given)))?;
             self.existing = Some(file);
@@ -497,8 +497,8 @@ impl ConvertHost<'_> {
         }
         let Some(new) = plan.new.as_mut() else { return Err(Problem::new("There is no target")) };
         let opened = match role {
-            FileRole::Target => new.open_main(machine),
-            _ => new.open_data(machine),
+            FileRole::Target => new.open_main(machine, &self.files),
+            _ => new.open_data(machine, &self.files),
         };
         let granted = opened.map_err(|problem| plan.creating(problem))?;
         match self.late.take() {

@@ -258,10 +258,10 @@ impl CreateHost {
                 }
                 match self.creation.layout.early.take() {
                     Some(problem) => Err(problem),
-                    None => self.target.open_main(machine),
+                    None => self.target.open_main(machine, &self.files),
                 }
             }
-            _ => self.target.open_data(machine),
+            _ => self.target.open_data(machine, &self.files),
         }
     }
 
