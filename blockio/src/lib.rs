@@ -37,7 +37,6 @@ mod extent;
 mod impls;
 mod limits;
 mod mem;
-mod opener;
 mod overlay;
 mod traits;
 mod window;
@@ -53,7 +52,6 @@ pub use error::{Error, ErrorKind, Result};
 pub use extent::{Codec, CompressedRun, Extent, ExtentKind, Extents, FileId};
 pub use limits::{Limits, check_range};
 pub use mem::MemBlock;
-pub use opener::{FileRole, OpenedFile, Opener};
 pub use overlay::Overlay;
 pub use traits::{
     BlockAlloc, BlockIo, BlockMap, BlockMapExt, BlockRead, BlockWrite, Layer, ReadPart, Reservation, ZeroMode,

@@ -24,6 +24,7 @@ const TASKS: &[Task] = &[
     Task { name: "golden", what: "qemu-img transcripts of ../shared/golden [-- REGEX]", run: test::golden },
     Task { name: "corpus", what: "real images of ../shared/corpus [-- REGEX]", run: test::corpus },
     Task { name: "bench-smoke", what: "run each criterion bench once", run: test::bench_smoke },
+    Task { name: "fuzz", what: "every fuzz target on stable: [--seconds N] [TARGET]", run: test::fuzz },
     Task {
         name: "bench-vs-qemu",
         what: "compare with qemu-img: [--mib N] [--runs N] [--dir DIR] [--only WORD]",

@@ -22,6 +22,11 @@ pub fn bench_smoke(_args: &[String]) -> Result {
     run(cargo().args(["bench", "--package", "instar-benches", "--", "--test"]))
 }
 
+/// The fuzz targets, by the seeded runner that needs no nightly compiler.
+pub fn fuzz(args: &[String]) -> Result {
+    run(cargo().args(["run", "--quiet", "--manifest-path", "fuzz/Cargo.toml", "--"]).args(args))
+}
+
 /// The golden transcripts.
 pub fn golden(args: &[String]) -> Result {
     shared_runner("golden/run.py", args)

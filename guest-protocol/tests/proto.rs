@@ -1,0 +1,236 @@
+//! `proto/instar.proto` against the Rust types: every field of one is a field of the other, of the same kind and number.
+
+use std::fmt::Debug;
+use std::path::Path;
+
+use instar_guest_protocol::message as m;
+use prost::Message;
+use prost_reflect::{DescriptorPool, DynamicMessage, Kind, ReflectMessage, Value};
+
+fn pool() -> DescriptorPool {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("proto");
+    let files = protox::compile(["instar.proto"], [directory]).expect("the file is valid");
+    DescriptorPool::from_file_descriptor_set(files).expect("the file is complete")
+}
+
+/// Fails unless every field is set, all the way down. Of a oneof one branch is enough.
+fn assert_full(message: &DynamicMessage, path: &str) {
+    assert_eq!(message.unknown_fields().count(), 0, "{path}: fields that only Rust knows");
+    for field in message.descriptor().fields() {
+        let path = format!("{path}.{}", field.name());
+        if field.containing_oneof().is_some_and(|oneof| oneof.fields().len() > 1) && !message.has_field(&field) {
+            continue;
+        }
+        assert!(message.has_field(&field), "{path} is not set: does Rust know it?");
+        match message.get_field(&field).as_ref() {
+            Value::Message(inner) => assert_full(inner, &path),
+            Value::List(list) => {
+                assert!(!list.is_empty(), "{path}");
+                list.iter().filter_map(Value::as_message).for_each(|inner| assert_full(inner, &path));
+            }
+            Value::EnumNumber(number) => {
+                let Kind::Enum(kind) = field.kind() else { panic!("{path}: not an enum") };
+                assert!(kind.get_value(*number).is_some(), "{path}: {number}");
+            }
+            _ => {}
+        }
+    }
+    for oneof in message.descriptor().oneofs() {
+        assert!(oneof.fields().any(|field| message.has_field(&field)), "{path}.{} is empty", oneof.name());
+    }
+}
+
+/// A message in which everything is set goes to the other side and back.
+fn assert_same<T: Message + Default + PartialEq + Debug>(pool: &DescriptorPool, name: &str, full: &T) {
+    let descriptor = pool.get_message_by_name(&format!("instar.{name}")).expect(name);
+    let dynamic = DynamicMessage::decode(descriptor, full.encode_to_vec().as_slice()).expect(name);
+    assert_full(&dynamic, name);
+    assert_eq!(&T::decode(dynamic.encode_to_vec().as_slice()).expect(name), full, "{name}");
+}
+
+fn source() -> m::Source {
+    let selector = m::SnapshotSelector { id: b"1".to_vec(), name: b"first".to_vec(), id_or_name: b"either".to_vec() };
+    m::Source { device: 3, format: m::Format::Qcow2.into(), snapshot: Some(selector) }
+}
+
+fn target() -> m::Target {
+    m::Target {
+        format: m::Format::Qcow2.into(),
+        existing: true,
+        qcow2: Some(m::Qcow2Options {
+            version: Some(3),
+            cluster_size: Some(65536),
+            extended_l2: true,
+            refcount_bits: Some(16),
+            lazy_refcounts: true,
+            zstd: true,
+            data_file: Some(b"data".to_vec()),
+            data_file_raw: true,
+        }),
+        preallocation: m::Preallocation::Full.into(),
+        backing: Some(m::Backing { name: b"base".to_vec(), format_name: b"qcow2".to_vec(), image: Some(source()) }),
+    }
+}
+
+fn failure() -> m::Failure {
+    m::Failure {
+        cause: m::Cause::InvalidField.into(),
+        step: m::Step::Write.into(),
+        device: Some(4),
+        value: m::Field::L1Size as u64,
+        value2: 9,
+        text: b"name".to_vec(),
+        os: 28,
+        format: m::Format::Raw.into(),
+    }
+}
+
+fn info() -> m::ImageInfo {
+    let slot = m::LuksSlot { active: true, iterations: 1, key_offset: 2, stripes: 3 };
+    let luks = m::LuksInfo {
+        version: 1,
+        cipher_name: b"aes".to_vec(),
+        cipher_mode: b"xts-plain64".to_vec(),
+        hash: b"sha256".to_vec(),
+        uuid: b"uuid".to_vec(),
+        key_bytes: 64,
+        payload_offset: 4096,
+        digest_iterations: 1000,
+        slots: vec![slot],
+    };
+    m::ImageInfo {
+        device: 1,
+        format: m::Format::Qcow2.into(),
+        virtual_size: 2,
+        cluster_size: Some(3),
+        encrypted: true,
+        dirty: true,
+        backing_file: Some(b"base".to_vec()),
+        backing_format: Some(b"raw".to_vec()),
+        snapshots: vec![m::Snapshot {
+            id: b"1".to_vec(),
+            name: b"one".to_vec(),
+            vm_state_size: 1,
+            date_sec: 2,
+            date_nsec: 3,
+            vm_clock_nsec: 4,
+            icount: Some(5),
+            virtual_size: 6,
+        }],
+        qcow2: Some(m::Qcow2Info {
+            version: 3,
+            zstd: true,
+            lazy_refcounts: true,
+            bitmaps: vec![m::Bitmap { name: b"b0".to_vec(), granularity: 65536, in_use: true, auto: true }],
+            refcount_bits: 16,
+            aes: true,
+            luks: Some(luks),
+            data_file: Some(b"data".to_vec()),
+            data_file_raw: true,
+            corrupt: true,
+            extended_l2: true,
+            has_data_file: true,
+        }),
+        safety: Some(m::Safety {
+            detected: m::Format::Gpt.into(),
+            also: vec![m::Format::Iso.into()],
+            references: vec![m::Reference { role: m::FileRole::Backing.into(), name: b"base".to_vec() }],
+            incompatible_features: 7,
+        }),
+    }
+}
+
+#[test]
+fn requests_are_the_same() {
+    use m::request::Operation;
+    let pool = pool();
+    let operations = [
+        Operation::Info(m::InfoRequest { image: source(), chain: true, safety: true }),
+        Operation::Convert(m::ConvertRequest {
+            sources: vec![source()],
+            target: target(),
+            compress: true,
+            sparse_bytes: 4096,
+            target_is_zero: true,
+            salvage: true,
+            bitmaps: true,
+            skip_broken_bitmaps: true,
+            threads: 2,
+            progress: true,
+            rate_limit: 1,
+            flush: true,
+        }),
+        Operation::Create(m::CreateRequest { target: target(), size: Some(512) }),
+    ];
+    for operation in operations {
+        assert_same(&pool, "Request", &m::Request { operation: Some(operation) });
+    }
+}
+
+#[test]
+fn calls_and_answers_are_the_same() {
+    use m::call::Kind as Call;
+    use m::reply::Result as Reply;
+    let pool = pool();
+    let open = m::OpenFile {
+        role: m::FileRole::TargetData.into(),
+        referrer: 1,
+        name: b"name".to_vec(),
+        size: 2,
+        writable: true,
+        format: m::Format::Raw.into(),
+    };
+    let progress = m::Progress { done: 1, total: 2 };
+    let done = |result| Call::Done(m::Reply { result: Some(result) });
+    let calls = [
+        Call::Open(open),
+        Call::Progress(progress.clone()),
+        Call::Pace(progress),
+        Call::Warning(failure()),
+        done(Reply::Failure(failure())),
+        done(Reply::Info(m::InfoReply { images: vec![info()] })),
+        done(Reply::Convert(m::ConvertReply { virtual_size: 1, copied: 2, transformed: 3 })),
+        done(Reply::Create(m::CreateReply { virtual_size: 1 })),
+    ];
+    for call in calls {
+        assert_same(&pool, "Call", &m::Call { kind: Some(call) });
+    }
+    assert_same(&pool, "OpenAnswer", &m::OpenAnswer { granted: true, device: 1, len: 2, flags: 3 });
+}
+
+/// The same numbers, under the same names.
+fn assert_enum<T: TryFrom<i32> + Debug>(pool: &DescriptorPool, name: &str) {
+    let kind = pool.get_enum_by_name(&format!("instar.{name}")).expect(name);
+    for number in 0..1000 {
+        let rust = T::try_from(number).ok().map(|variant| screaming(&format!("{name}{variant:?}")));
+        let proto = kind.get_value(number).map(|value| value.name().to_owned());
+        assert_eq!(rust, proto, "{name} {number}");
+    }
+}
+
+fn screaming(camel: &str) -> String {
+    let mut text = String::new();
+    let mut before = 'A';
+    for letter in camel.chars() {
+        if letter.is_uppercase() && !before.is_uppercase() {
+            text.push('_');
+        }
+        text.push(letter.to_ascii_uppercase());
+        before = letter;
+    }
+    text
+}
+
+#[test]
+fn enums_are_the_same() {
+    let pool = pool();
+    assert_enum::<m::Format>(&pool, "Format");
+    assert_enum::<m::Preallocation>(&pool, "Preallocation");
+    assert_enum::<m::FileRole>(&pool, "FileRole");
+    assert_enum::<m::Step>(&pool, "Step");
+    assert_enum::<m::Cause>(&pool, "Cause");
+    assert_enum::<m::Field>(&pool, "Field");
+    assert_enum::<m::BitmapFault>(&pool, "BitmapFault");
+    assert_enum::<m::OptionError>(&pool, "OptionError");
+    assert_eq!(pool.all_enums().count(), 8, "an enum without a check");
+}
