@@ -65,6 +65,7 @@ impl ImageSpec {
         let format = format.map_or(Ok(Format::Unknown), driver_format)?;
         let path = open::path_of(name)?;
         let file = path.display().to_string();
+        refuse_by_name(&file, format)?;
         Ok(Self { given: name.to_owned(), shown: file.clone(), file, format, force_share: false, has_key: false })
     }
 
@@ -156,6 +157,7 @@ impl Keys {
         }
         let file = named.filter(|name| !name.is_empty());
         let file = file.ok_or_else(|| Problem::new("The 'file' block driver requires a file name"))?;
+        refuse_by_name(file, format)?;
         let format_name = driver.unwrap_or("raw");
         let unknown = self.unknown.as_deref().or(self
             .own_name
@@ -240,6 +242,15 @@ pub fn driver_format(name: &str) -> Result<Format, Problem> {
     }
 }
 
+/// qemu-img takes a file of this name for an Apple disk image, whatever its bytes say.
+fn refuse_by_name(file: &str, format: Format) -> Result<(), Problem> {
+    match format == Format::Unknown && file.ends_with(".dmg") {
+        true => Err(Problem::new(messages::not_provided(Format::Dmg))
+            .with_hint("Give the format (as in -f raw) if it is something else.")),
+        false => Ok(()),
+    }
+}
+
 /// How QEMU names an image whose options do not fit into a file name.
 fn json_name(encryption: &[(String, String)], driver: Option<&str>, file: &str) -> String {
     let quote = |text: &str| Value::from(text).to_string();
@@ -298,6 +309,8 @@ mod tests {
             ImageSpec::of_file("nosuch:thing", None).unwrap_err().to_string(),
             "Could not open 'nosuch:thing': Unknown protocol 'nosuch'"
         );
+        assert!(ImageSpec::of_file("a.dmg", None).unwrap_err().to_string().contains("not provided"));
+        assert_eq!(ImageSpec::of_file("a.dmg", Some("raw")).unwrap().format, Format::Raw);
         assert!(ImageSpec::of_file("a", Some("vmdk")).unwrap_err().to_string().contains("not provided"));
     }
 
