@@ -83,7 +83,7 @@ pub fn work_failure(failure: &Failure) -> Problem {
         (_, Cause::BitmapsUnsupported) => "Source lacks bitmap support".to_owned(),
         (_, Cause::BitmapInconsistent) => {
             return Problem::new(format!("Cannot copy inconsistent bitmap '{bitmap}'"))
-                .with_hint("Try --skip-broken-bitmaps, or use 'qemu-img bitmap --remove'");
+                .with_hint("Try --skip-broken-bitmaps, or use 'qemu-img bitmap --remove' to delete it");
         }
         (Step::Snapshot, Cause::SnapshotNotFound) if failure.format() == Format::Qcow2 => {
             "Failed to load snapshot: Can't find snapshot".to_owned()
@@ -154,7 +154,7 @@ fn field(failure: &Failure) -> String {
         Field::BackingOffset => "Invalid backing file offset",
         Field::BackingLength => "Backing file name too long",
         Field::RefcountOrder => "Reference count entry width too large; may not exceed 64 bits",
-        Field::EncryptionMethod => return format!("Unsupported encryption method {value}"),
+        Field::EncryptionMethod => return format!("Unsupported encryption method {}", value as i32),
         Field::L1Size => "Active L1 table too large",
         Field::L1Offset => "Active L1 table offset invalid",
         Field::L1TooSmall => "L1 table is too small",
@@ -201,9 +201,9 @@ fn field(failure: &Failure) -> String {
                  ({MAX_BITMAP_DIRECTORY})"
             );
         }
-        Field::SizeOverflow => "The virtual size is too large",
+        Field::SizeOverflow => "Could not refresh total sector count: File too large",
         Field::SnapshotTableBytes => "Snapshot table is too large",
-        Field::RawFlagWithoutDataFile => "data-file-raw requires data-file",
+        Field::RawFlagWithoutDataFile => "data-file-raw requires a data file",
         // A field that is newer than this table.
         _ => "A header field is invalid",
     };

@@ -291,6 +291,7 @@ fn convert(
         sources: &sources,
         devices,
         access: arguments.access(),
+        quiet: arguments.quiet,
         plan,
         late,
         existing: None,
@@ -467,6 +468,7 @@ struct ConvertHost<'a> {
     sources: &'a [ImageSpec],
     devices: Vec<u32>,
     access: Access,
+    quiet: bool,
     plan: Result<Plan, Problem>,
     /// What is wrong with the target's backing image, told once the target is made.
     late: Option<Problem>,
@@ -591,6 +593,9 @@ impl Host for ConvertHost<'_> {
     }
 
     fn warning(&mut self, warning: &Failure) {
-        self.program.warn(&messages::warning(warning));
+        // Unreadable places are what `--salvage` is about; a bitmap that is left out is told in any case.
+        if !self.quiet || warning.cause() == Cause::BitmapInconsistent {
+            self.program.warn(&messages::warning(warning));
+        }
     }
 }

@@ -3,7 +3,7 @@
 use alloc::vec::Vec;
 
 use instar_blockio::{Error, ErrorKind, FileId};
-use instar_guest_protocol::message::{Cause, ConvertRequest, Failure, Step};
+use instar_guest_protocol::message::{Call, Cause, ConvertRequest, Failure, Step, call};
 use instar_qcow2::{BitmapFlags, BitmapInfo, Writer};
 
 use crate::image::{Image, open_image};
@@ -30,11 +30,14 @@ pub(super) fn find<P: Platform>(platform: &P, request: &ConvertRequest) -> Resul
     };
     let mut bitmaps = image.bitmaps().map_err(|error| qcow2_failure(Step::Bitmaps, id, error))?;
     let broken = |bitmap: &BitmapInfo| bitmap.flags.contains(BitmapFlags::IN_USE);
-    if request.skip_broken_bitmaps {
-        bitmaps.retain(|bitmap| !broken(bitmap));
-    } else if let Some(bitmap) = bitmaps.iter().find(|bitmap| broken(bitmap)) {
-        return Err(Failure { text: bitmap.name.clone(), ..about(Step::Bitmaps, id, Cause::BitmapInconsistent) });
+    for bitmap in bitmaps.iter().filter(|bitmap| broken(bitmap)) {
+        let failure = Failure { text: bitmap.name.clone(), ..about(Step::Bitmaps, id, Cause::BitmapInconsistent) };
+        if !request.skip_broken_bitmaps {
+            return Err(failure);
+        }
+        platform.call(&Call { kind: Some(call::Kind::Warning(failure)) });
     }
+    bitmaps.retain(|bitmap| !broken(bitmap));
     Ok(Some(SourceBitmaps { id, image: *image, bitmaps }))
 }
 
