@@ -43,6 +43,9 @@ pub struct Source {
     /// Read this internal snapshot instead of the active state.
     #[prost(message, optional, tag = "3")]
     pub snapshot: Option<SnapshotSelector>,
+    /// Tables and data behind the end of a file are an error, in the image and in its chain; otherwise they read as zero.
+    #[prost(bool, tag = "4")]
+    pub strict: bool,
 }
 
 /// Names an internal snapshot. Empty fields do not restrict.

@@ -23,7 +23,8 @@ use crate::platform::{File, Platform};
 /// The first image of the chain that can't be opened; a chain longer than [`MAX_CHAIN_DEPTH`].
 pub fn open_source<P: Platform>(platform: &P, source: &Source, top_only: bool) -> Result<Box<dyn Layer>, Failure> {
     let mut device = source.device;
-    let mut image = open_one(platform, device, source.format(), DataFile::Open)?;
+    let how = Opening { data_file: true, strict: source.strict };
+    let mut image = open_one(platform, device, source.format(), how)?;
     if let Some(selector) = &source.snapshot {
         select_snapshot(&mut image, FileId(device), selector)?;
     }
@@ -32,7 +33,7 @@ pub fn open_source<P: Platform>(platform: &P, source: &Source, top_only: bool) -
     loop {
         let below = match top_only {
             true => None,
-            false => open_backing(platform, device, &image, DataFile::Open)?,
+            false => open_backing(platform, device, &image, how)?,
         };
         layers.push(image.into_layer());
         match below {
@@ -54,19 +55,19 @@ pub fn open_source<P: Platform>(platform: &P, source: &Source, top_only: bool) -
     })
 }
 
-/// Is an external data file opened with its image? Describing needs no data.
+/// How the images of a chain are opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum DataFile {
-    /// Yes.
-    Open,
-    /// No.
-    LeaveClosed,
+pub(crate) struct Opening {
+    /// An external data file is opened with its image. Describing needs no data.
+    pub data_file: bool,
+    /// See [`Source::strict`].
+    pub strict: bool,
 }
 
 /// Opens an image and, if it keeps its data elsewhere, the data file.
-fn open_one<P: Platform>(platform: &P, device: u32, format: Format, data: DataFile) -> Result<Image<File<P>>, Failure> {
-    let mut image = open_image(platform, device, format)?;
-    if data == DataFile::Open
+fn open_one<P: Platform>(platform: &P, device: u32, format: Format, how: Opening) -> Result<Image<File<P>>, Failure> {
+    let mut image = open_image(platform, device, format, how.strict)?;
+    if how.data_file
         && let Image::Qcow2(qcow2) = &mut image
     {
         let image = FileId(device);
@@ -104,18 +105,18 @@ pub(crate) fn open_backing<P: Platform>(
     platform: &P,
     device: u32,
     image: &Image<File<P>>,
-    data: DataFile,
+    how: Opening,
 ) -> Result<Option<Below<P>>, Failure> {
     let Some(name) = image.backing_file() else { return Ok(None) };
     let recorded = recorded_format(device, image)?;
     let below = request_file(platform, FileId(device), FileRole::Backing, name.to_vec(), recorded, false)?.0;
     if recorded == Format::Unknown
-        && let Image::Qcow2(found) = open_image(platform, below, recorded)?
+        && let Image::Qcow2(found) = open_image(platform, below, recorded, how.strict)?
         && (found.backing_file().is_some() || found.needs_data_file())
     {
         return Err(about(Step::Open, FileId(below), Cause::BackingFormatNeeded));
     }
-    Ok(Some((below, open_one(platform, below, recorded, data)?)))
+    Ok(Some((below, open_one(platform, below, recorded, how)?)))
 }
 
 /// The format that the image records for its backing file; [`Format::Unknown`] if none.

@@ -72,11 +72,17 @@ pub fn probe<F: BlockRead>(file: &F, id: FileId) -> Result<Detection, Failure> {
     Ok(detect(&head, &tail, len))
 }
 
-/// Opens the image on a granted device, without its data file and chain.
+/// Opens the image on a granted device, without its data file and chain. `strict`: see
+/// [`Source::strict`](instar_guest_protocol::message::Source::strict).
 ///
 /// # Errors
 /// A format that the file has not or that can't be opened; the format's own reasons.
-pub fn open_image<P: Platform>(platform: &P, device: u32, format: Format) -> Result<Image<File<P>>, Failure> {
+pub fn open_image<P: Platform>(
+    platform: &P,
+    device: u32,
+    format: Format,
+    strict: bool,
+) -> Result<Image<File<P>>, Failure> {
     let id = FileId(device);
     let file = platform.file(device).ok_or_else(|| about(Step::Open, id, Cause::BadRequest))?;
     let format = match format {
@@ -88,7 +94,8 @@ pub fn open_image<P: Platform>(platform: &P, device: u32, format: Format) -> Res
             raw::Image::open(file).map(Image::Raw).map_err(|error| block(Step::Open, Some(id), 0, error))
         }
         Format::Qcow2 => {
-            let image = qcow2::Image::open(file.clone(), id, &qcow2::OpenOptions::default());
+            let options = qcow2::OpenOptions { strict, ..qcow2::OpenOptions::default() };
+            let image = qcow2::Image::open(file.clone(), id, &options);
             Ok(Image::Qcow2(Box::new(image.map_err(|error| open_failure(&file, id, error))?)))
         }
         other => Err(Failure { format: other.into(), ..about(Step::Open, id, Cause::FormatNotSupported) }),

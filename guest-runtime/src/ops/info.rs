@@ -11,7 +11,7 @@ use instar_guest_protocol::message::{
 use instar_luks as luks;
 use instar_qcow2 as qcow2;
 
-use crate::chain::{DataFile, open_backing};
+use crate::chain::{Opening, open_backing};
 use crate::image::{Image, open_image, probe};
 use crate::ops::failure::{about, block, qcow2_failure};
 use crate::platform::{File, Platform};
@@ -23,11 +23,12 @@ use crate::platform::{File, Platform};
 pub fn run<P: Platform>(platform: &P, request: &InfoRequest) -> Result<InfoReply, Failure> {
     let mut images = Vec::new();
     let mut device = request.image.device;
-    let mut image = open_image(platform, device, request.image.format())?;
+    let how = Opening { data_file: false, strict: request.image.strict };
+    let mut image = open_image(platform, device, request.image.format(), how.strict)?;
     loop {
         images.push(describe(platform, device, &image, request.safety)?);
         let below = match request.chain {
-            true => open_backing(platform, device, &image, DataFile::LeaveClosed)?,
+            true => open_backing(platform, device, &image, how)?,
             false => None,
         };
         match below {

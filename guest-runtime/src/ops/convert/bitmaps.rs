@@ -25,7 +25,7 @@ pub(super) struct SourceBitmaps<P: Platform> {
 pub(super) fn find<P: Platform>(platform: &P, request: &ConvertRequest) -> Result<Option<SourceBitmaps<P>>, Failure> {
     let Some(source) = request.sources.first().filter(|_| request.bitmaps) else { return Ok(None) };
     let id = FileId(source.device);
-    let Image::Qcow2(image) = open_image(platform, source.device, source.format())? else {
+    let Image::Qcow2(image) = open_image(platform, source.device, source.format(), source.strict)? else {
         return Err(about(Step::Bitmaps, id, Cause::BitmapsUnsupported));
     };
     let mut bitmaps = image.bitmaps().map_err(|error| qcow2_failure(Step::Bitmaps, id, error))?;
