@@ -54,6 +54,7 @@ pub enum Key {
     Threads,
     Timeout,
     DebugGuest,
+    IgnoreQuirks,
     Chain,
     Safety,
 }

@@ -256,7 +256,10 @@ fn convert(
         && let Some(spec) = &plan.backing
     {
         match files.open_named(&mut machine, spec, arguments.access()) {
-            Ok(device) => backing.image = Some(Source { device, format: spec.format.into(), snapshot: None }),
+            Ok(device) => {
+                let strict = settings.strict;
+                backing.image = Some(Source { device, format: spec.format.into(), snapshot: None, strict });
+            }
             Err(problem) => late = Some(problem.within("Could not open backing file")),
         }
     }
@@ -268,6 +271,7 @@ fn convert(
                 device: *device,
                 format: spec.format.into(),
                 snapshot: arguments.snapshot.clone(),
+                strict: settings.strict,
             })
             .collect(),
         compress: arguments.compress && plan.is_ok(),

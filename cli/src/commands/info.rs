@@ -160,7 +160,7 @@ impl Run {
         let mut files = Files::new(settings.confinement()?);
         let device =
             files.open_named(&mut machine, image, access).map_err(|problem| Unopened::of(&image.given, problem))?;
-        let source = Source { device, format: image.format.into(), snapshot: None };
+        let source = Source { device, format: image.format.into(), snapshot: None, strict: settings.strict };
         let operation = request::Operation::Info(InfoRequest { image: source, ..request });
         let mut host = InfoHost { files, access };
         let result = sandbox::run(&mut machine, &Request { operation: Some(operation) }, &mut host);

@@ -27,6 +27,8 @@ pub struct Settings {
     allow_dirs: Vec<PathBuf>,
     /// Limits of the sandbox.
     pub limits: Limits,
+    /// What qemu-img lets pass in a damaged image is an error (`docs/quirks.md`).
+    pub strict: bool,
 }
 
 /// Options that instar adds to each command. They must be spelled out, so that no abbreviation of qemu-img's changes its
@@ -37,6 +39,7 @@ pub const OWN: &[Opt] = &[
     Opt::long_value(Key::Threads, "threads").spelled_out(),
     Opt::long_value(Key::Timeout, "timeout").spelled_out(),
     Opt::long_flag(Key::DebugGuest, "debug-guest").spelled_out(),
+    Opt::long_flag(Key::IgnoreQuirks, "ignore-quirks").spelled_out(),
 ];
 
 impl Settings {
@@ -68,6 +71,7 @@ impl Settings {
                 self.limits.timeout = Some(Duration::from_secs(seconds));
             }
             Key::DebugGuest => self.limits.debug = true,
+            Key::IgnoreQuirks => self.strict = true,
             _ => return Ok(false),
         }
         Ok(true)
