@@ -8,7 +8,7 @@ use std::process::Command;
 
 /// Cases about formats that this version does not open or create, by what they are about.
 const OTHER_FORMATS: &str =
-    "vmdk|vpc|vhdx|vdi|qed|parallels|luks|monolithicFlat|streamOptimized|twoGbMax|d\\.qcow$|-qcow$";
+    "vmdk|(?<!fixed\\.)vpc|vhdx|vdi|qed|parallels|luks|monolithicFlat|streamOptimized|twoGbMax|d\\.qcow$|-qcow$";
 
 /// Cases about qcow2 and raw that need what this version lacks, with the reason.
 const LACKING: &[(&str, &str)] = &[
