@@ -58,6 +58,10 @@
 #[doc = include_str!("../README.md")]
 struct Readme;
 
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct ProjectReadme;
+
 extern crate alloc;
 #[cfg(test)]
 #[macro_use]
