@@ -16,6 +16,20 @@
 //! The tests hold the libraries against others: miniz_oxide and ruzstd read what is written here, and read the same from damaged
 //! streams; the zstd program's frames of all kinds of levels are read; streams of odd shapes are judged as by qemu-img.
 //!
+//! # Speed
+//! MB/s of 10^6 bytes of uncompressed data; medians of CPU time over 128 clusters of 64 KiB, half programs from `/usr/bin` and half text
+//! from `/usr/share`, on a shared two-core Xeon with overflow checks on and full link-time optimisation.
+//!
+//! | | `std` | `c-allocator` | neither | libzstd 1.5.7 |
+//! |---|---|---|---|---|
+//! | decode deflate | 729 | 620 | 300 | |
+//! | encode deflate (stored size) | 111 (31.7 %) | 103 (31.7 %) | 61 (34.6 %) | |
+//! | decode zstd | 1166 | 1105 | 1104 | 1400 |
+//! | encode zstd, level 3 (stored size) | 212 (30.3 %) | 188 (30.3 %) | 189 (30.3 %) | 390 (30.3 %) |
+//!
+//! On the same clusters, by wall time under some load: miniz_oxide decodes deflate at 500 MB/s with its release defaults (zlib-rs 620),
+//! ruzstd decodes Zstandard at 260 (structured-zstd 1120) and encodes it at 53 (its only level; structured-zstd 175).
+//!
 //! # Features
 //! * `std` (default): for hosted programs. zlib-rs, with Rust's allocator; vector code where the processor has it.
 //! * `c-allocator`: for freestanding programs, with `default-features = false`. zlib-rs, with the functions `posix_memalign`, `calloc` and
