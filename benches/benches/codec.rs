@@ -1,4 +1,5 @@
 //! Clusters of 64 KiB through each codec, and through the libraries that were not chosen.
+#![allow(missing_docs, reason = "criterion_group! makes a public function")]
 
 use std::hint::black_box;
 

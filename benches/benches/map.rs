@@ -1,4 +1,5 @@
 //! Where the bytes of a qcow2 disk lie: the whole map in order, and single places.
+#![allow(missing_docs, reason = "criterion_group! makes a public function")]
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use instar_benches::{Layout, image, offsets};

@@ -1,4 +1,5 @@
 //! Opening: headers alone, and whole images.
+#![allow(missing_docs, reason = "criterion_group! makes a public function")]
 
 use std::hint::black_box;
 
