@@ -17,9 +17,9 @@ pub fn test(args: &[String]) -> Result {
     }
 }
 
-/// Runs every criterion bench once, to see that it works.
+/// Runs every criterion bench once, to see that it works: without optimisation, since that would take minutes to compile.
 pub fn bench_smoke(_args: &[String]) -> Result {
-    run(cargo().args(["bench", "--package", "instar-benches", "--", "--test"]))
+    run(cargo().args(["bench", "--profile", "dev", "--package", "instar-benches", "--", "--test"]))
 }
 
 /// The fuzz targets, by the seeded runner that needs no nightly compiler.
