@@ -15,21 +15,13 @@ pub enum Driver {
 
 /// Looks a driver name up; `None` if qemu-img does not know it either.
 pub fn driver(name: &str) -> Option<Driver> {
+    if let Some(format) = Format::of_driver(name.as_bytes()) {
+        return Some(match format {
+            Format::Raw | Format::Qcow2 | Format::File => Driver::Provided(format),
+            other => Driver::Known(other),
+        });
+    }
     Some(match name {
-        "raw" => Driver::Provided(Format::Raw),
-        "qcow2" => Driver::Provided(Format::Qcow2),
-        "file" | "host_device" => Driver::Provided(Format::File),
-        "qcow" => Driver::Known(Format::Qcow),
-        "vmdk" => Driver::Known(Format::Vmdk),
-        "vpc" => Driver::Known(Format::Vpc),
-        "vhdx" => Driver::Known(Format::Vhdx),
-        "vdi" => Driver::Known(Format::Vdi),
-        "qed" => Driver::Known(Format::Qed),
-        "parallels" => Driver::Known(Format::Parallels),
-        "luks" => Driver::Known(Format::Luks),
-        "dmg" => Driver::Known(Format::Dmg),
-        "bochs" => Driver::Known(Format::Bochs),
-        "cloop" => Driver::Known(Format::Cloop),
         "blkdebug" | "blklogwrites" | "blkverify" | "compress" | "copy-before-write" | "copy-on-read" | "ftp"
         | "ftps" | "gluster" | "host_cdrom" | "http" | "https" | "iscsi" | "iser" | "nbd" | "nfs" | "null-aio"
         | "null-co" | "nvme" | "preallocate" | "quorum" | "rbd" | "replication" | "snapshot-access" | "ssh"

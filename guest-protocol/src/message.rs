@@ -112,6 +112,29 @@ pub enum Format {
     Bitlocker = 38,
 }
 
+impl Format {
+    /// The format that a driver name of QEMU stands for; `None` for a name that is no image format's.
+    pub fn of_driver(name: &[u8]) -> Option<Self> {
+        Some(match name {
+            b"raw" => Self::Raw,
+            b"file" | b"host_device" => Self::File,
+            b"qcow2" => Self::Qcow2,
+            b"qcow" => Self::Qcow,
+            b"vmdk" => Self::Vmdk,
+            b"vpc" => Self::Vpc,
+            b"vhdx" => Self::Vhdx,
+            b"vdi" => Self::Vdi,
+            b"qed" => Self::Qed,
+            b"parallels" => Self::Parallels,
+            b"luks" => Self::Luks,
+            b"dmg" => Self::Dmg,
+            b"bochs" => Self::Bochs,
+            b"cloop" => Self::Cloop,
+            _ => return None,
+        })
+    }
+}
+
 /// Describe an image.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct InfoRequest {

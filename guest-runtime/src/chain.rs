@@ -10,7 +10,7 @@ use instar_guest_protocol::message::{
 };
 use instar_qcow2 as qcow2;
 
-use crate::image::{Image, format_of_name, open_image};
+use crate::image::{Image, open_image};
 use crate::ops::failure::{about, qcow2_failure};
 use crate::platform::{File, Platform};
 
@@ -24,7 +24,8 @@ use crate::platform::{File, Platform};
 pub fn open_source<P: Platform>(platform: &P, source: &Source, top_only: bool) -> Result<Box<dyn Layer>, Failure> {
     let mut device = source.device;
     let how = Opening { data_file: true, strict: source.strict };
-    let mut image = open_one(platform, device, source.format(), how)?;
+    let image = open_image(platform, device, source.format(), how.strict)?;
+    let mut image = with_data_file(platform, device, image, how)?;
     if let Some(selector) = &source.snapshot {
         select_snapshot(&mut image, FileId(device), selector)?;
     }
@@ -64,9 +65,13 @@ pub(crate) struct Opening {
     pub strict: bool,
 }
 
-/// Opens an image and, if it keeps its data elsewhere, the data file.
-fn open_one<P: Platform>(platform: &P, device: u32, format: Format, how: Opening) -> Result<Image<File<P>>, Failure> {
-    let mut image = open_image(platform, device, format, how.strict)?;
+/// The image, with its data file if it keeps its data elsewhere and the data is wanted.
+fn with_data_file<P: Platform>(
+    platform: &P,
+    device: u32,
+    mut image: Image<File<P>>,
+    how: Opening,
+) -> Result<Image<File<P>>, Failure> {
     if how.data_file
         && let Image::Qcow2(qcow2) = &mut image
     {
@@ -110,19 +115,21 @@ pub(crate) fn open_backing<P: Platform>(
     let Some(name) = image.backing_file() else { return Ok(None) };
     let recorded = recorded_format(device, image)?;
     let below = request_file(platform, FileId(device), FileRole::Backing, name.to_vec(), recorded, false)?.0;
+    // Judged and used is one opening: what is probed again might look different.
+    let image = open_image(platform, below, recorded, how.strict)?;
     if recorded == Format::Unknown
-        && let Image::Qcow2(found) = open_image(platform, below, recorded, how.strict)?
+        && let Image::Qcow2(found) = &image
         && (found.backing_file().is_some() || found.needs_data_file())
     {
         return Err(about(Step::Open, FileId(below), Cause::BackingFormatNeeded));
     }
-    Ok(Some((below, open_one(platform, below, recorded, how)?)))
+    Ok(Some((below, with_data_file(platform, below, image, how)?)))
 }
 
 /// The format that the image records for its backing file; [`Format::Unknown`] if none.
 fn recorded_format<F: BlockRead + Send + 'static>(device: u32, image: &Image<F>) -> Result<Format, Failure> {
     let Some(name) = image.backing_format() else { return Ok(Format::Unknown) };
-    format_of_name(name).ok_or_else(|| Failure {
+    Format::of_driver(name).ok_or_else(|| Failure {
         text: name.to_vec(),
         ..about(Step::Open, FileId(device), Cause::UnknownBackingFormat)
     })

@@ -125,24 +125,3 @@ fn read_name<F: BlockRead>(file: &F, place: qcow2::NameAt) -> Vec<u8> {
         Err(_) => Vec::new(),
     }
 }
-
-/// The format that a name recorded in an image stands for; `None` for a name that no driver has.
-pub fn format_of_name(name: &[u8]) -> Option<Format> {
-    Some(match name {
-        b"raw" => Format::Raw,
-        b"file" | b"host_device" => Format::File,
-        b"qcow2" => Format::Qcow2,
-        b"qcow" => Format::Qcow,
-        b"vmdk" => Format::Vmdk,
-        b"vpc" => Format::Vpc,
-        b"vhdx" => Format::Vhdx,
-        b"vdi" => Format::Vdi,
-        b"qed" => Format::Qed,
-        b"parallels" => Format::Parallels,
-        b"luks" => Format::Luks,
-        b"dmg" => Format::Dmg,
-        b"bochs" => Format::Bochs,
-        b"cloop" => Format::Cloop,
-        _ => return None,
-    })
-}
