@@ -1,7 +1,7 @@
 //! The program that instar runs inside its virtual machine: one operation over granted files.
 //!
 //! ```text
-//!   bin/<verb>.rs ──► ops/<verb> ──► image, chain ──► format crates      safe, tested on the host
+//!   bin/<verb>.rs ──► ops/<verb> ──► chain ──► formats ──► format crates  safe, tested on the host
 //!        │                └──────────── platform ───────────┘
 //!        └──► rt (freestanding): entry, heap, virtqueue, workers          all the unsafe there is
 //!             host (std): threads and host files, for tests
@@ -20,9 +20,9 @@ extern crate std;
 pub mod chain;
 pub mod detect;
 pub mod files;
+pub mod formats;
 #[cfg(any(feature = "std", test))]
 pub mod host;
-pub mod image;
 pub mod lock;
 #[cfg(all(test, not(feature = "freestanding")))]
 #[allow(unsafe_code)]

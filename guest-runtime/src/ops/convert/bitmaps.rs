@@ -1,20 +1,21 @@
 //! Persistent dirty bitmaps, copied from the source's top image to a fresh qcow2 target.
 
+use alloc::boxed::Box;
 use alloc::vec::Vec;
 
 use instar_blockio::{Error, ErrorKind, FileId};
 use instar_guest_protocol::message::{Call, Cause, ConvertRequest, Failure, Step, call};
 use instar_qcow2::{BitmapFlags, BitmapInfo, Writer};
 
-use crate::image::{Image, open_image};
-use crate::ops::create::TargetDisk;
-use crate::ops::failure::{about, qcow2_failure};
-use crate::platform::{File, Platform};
+use crate::formats::target::TargetDisk;
+use crate::formats::{OpenImage, open_image, qcow2_failure};
+use crate::ops::failure::about;
+use crate::platform::Platform;
 
 /// The bitmaps to copy, and the image that has them.
 pub(super) struct SourceBitmaps<P: Platform> {
     id: FileId,
-    image: instar_qcow2::Image<File<P>>,
+    image: Box<dyn OpenImage<P>>,
     bitmaps: Vec<BitmapInfo>,
 }
 
@@ -25,10 +26,11 @@ pub(super) struct SourceBitmaps<P: Platform> {
 pub(super) fn find<P: Platform>(platform: &P, request: &ConvertRequest) -> Result<Option<SourceBitmaps<P>>, Failure> {
     let Some(source) = request.sources.first().filter(|_| request.bitmaps) else { return Ok(None) };
     let id = FileId(source.device);
-    let Image::Qcow2(image) = open_image(platform, source.device, source.format(), source.strict)? else {
+    let image = open_image(platform, source.device, source.format(), source.strict)?;
+    let Some(qcow2) = image.as_qcow2() else {
         return Err(about(Step::Bitmaps, id, Cause::BitmapsUnsupported));
     };
-    let mut bitmaps = image.bitmaps().map_err(|error| qcow2_failure(Step::Bitmaps, id, error))?;
+    let mut bitmaps = qcow2.bitmaps().map_err(|error| qcow2_failure(Step::Bitmaps, id, error))?;
     let broken = |bitmap: &BitmapInfo| bitmap.flags.contains(BitmapFlags::IN_USE);
     for bitmap in bitmaps.iter().filter(|bitmap| broken(bitmap)) {
         let failure = Failure { text: bitmap.name.clone(), ..about(Step::Bitmaps, id, Cause::BitmapInconsistent) };
@@ -38,7 +40,7 @@ pub(super) fn find<P: Platform>(platform: &P, request: &ConvertRequest) -> Resul
         platform.call(&Call { kind: Some(call::Kind::Warning(failure)) });
     }
     bitmaps.retain(|bitmap| !broken(bitmap));
-    Ok(Some(SourceBitmaps { id, image: *image, bitmaps }))
+    Ok(Some(SourceBitmaps { id, image, bitmaps }))
 }
 
 impl<P: Platform> SourceBitmaps<P> {
@@ -60,9 +62,9 @@ impl<P: Platform> SourceBitmaps<P> {
         let present = bitmap.len.saturating_sub(offset).min(buf.len() as u64) as usize;
         let (head, tail) = buf.split_at_mut(present);
         tail.fill(0);
-        match head.is_empty() {
-            true => Ok(()),
-            false => self.image.read_bitmap(bitmap, offset, head).map_err(|_| ErrorKind::Corrupt.into()),
+        match self.image.as_qcow2().filter(|_| !head.is_empty()) {
+            None => Ok(()),
+            Some(image) => image.read_bitmap(bitmap, offset, head).map_err(|_| ErrorKind::Corrupt.into()),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Into an image with an allocation table: chunks are read and transformed in any order, places are given out in the
 //! order of the disk, so that the same input always gives the same image.
 
+use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 
@@ -8,23 +9,19 @@ use super::Sparse;
 use super::fill::{Batch, Fault, Outcome, Scratch, fill};
 use super::plan::Chunk;
 use super::raw::spans;
+use crate::formats::MappedImage;
 use crate::lock::Lock;
-use crate::ops::create::TargetDisk;
 use crate::platform::{Io, Platform};
 use instar_blockio::{
-    BlockAlloc, BlockRead, BlockWrite, Codec, ErrorKind, Extent, ExtentKind, FileId, Layer, Reservation, ZeroMode,
-    data_runs, is_zero,
+    BlockRead, Codec, ErrorKind, Extent, ExtentKind, Layer, Reservation, ZeroMode, data_runs, is_zero,
 };
 use instar_codec::Encoder;
-use instar_qcow2::Writer;
 
 /// The image that is written, and how.
 pub(super) struct MappedTarget<P: Platform> {
-    /// Its main file.
-    pub id: FileId,
-    pub writer: Lock<Writer<TargetDisk<P>>>,
+    pub image: Lock<Box<dyn MappedImage<P>>>,
     /// What reads through where the source writes nothing into a unit: the recorded backing image.
-    pub backing: Option<Lock<alloc::boxed::Box<dyn Layer>>>,
+    pub backing: Option<Lock<Box<dyn Layer>>>,
     /// The image exists already: what is around the written bytes stays.
     pub existing: bool,
     /// Areas that nobody writes read as zero.
@@ -146,14 +143,14 @@ impl<P: Platform> MappedTarget<P> {
     /// Extends the last unit by what the image holds behind the end of the source.
     fn complete_last_unit(&self, chunk: &Chunk, bytes: &mut Vec<u8>) -> Outcome<()> {
         let end = chunk.offset + chunk.len;
-        let writer = self.writer.lock();
-        let whole = end.checked_next_multiple_of(self.unit).unwrap_or(end).min(writer.size());
+        let image = self.image.lock();
+        let whole = end.checked_next_multiple_of(self.unit).unwrap_or(end).min(image.disk().size());
         if !self.existing || whole <= end {
             return Ok(());
         }
         let start = bytes.len();
         bytes.resize(start + (whole - end) as usize, 0);
-        writer.read_at(end, &mut bytes[start..]).map_err(Fault::read(end))
+        image.disk().read_at(end, &mut bytes[start..]).map_err(Fault::read(end))
     }
 
     /// Does the source say anything of this unit (or does the backing image answer for all of it)?
@@ -231,7 +228,8 @@ impl<P: Platform> MappedTarget<P> {
             push_writes(finished, places, &mut writes);
         }
         writes.submit(platform)?;
-        let mut writer = self.writer.lock();
+        let mut image = self.image.lock();
+        let writer = image.disk_mut();
         let mut buffers = Vec::with_capacity(ready.len());
         for (finished, places) in ready {
             for place in places {
@@ -245,7 +243,8 @@ impl<P: Platform> MappedTarget<P> {
 
     /// Finds the place of each piece, in order.
     fn assign(&self, pieces: &[Piece]) -> Outcome<Vec<Place>> {
-        let mut writer = self.writer.lock();
+        let mut image = self.image.lock();
+        let writer = image.disk_mut();
         let mut places = Vec::with_capacity(pieces.len());
         for piece in pieces {
             let located = Fault::write(piece.offset);

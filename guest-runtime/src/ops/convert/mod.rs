@@ -234,7 +234,7 @@ impl<'a, P: Platform> Job<'a, P> {
     fn convert(&self, chunk: &Chunk, scratch: &mut Scratch, encoder: Option<&mut Encoder>) -> Outcome<()> {
         let mut buf = self.buffers.lock().pop().unwrap_or_default();
         match self.target {
-            Target::Raw(raw) => {
+            Target::Raw(raw, _) => {
                 let whole = raw.write_chunk(self.platform, chunk, &self.sparse, &mut buf, scratch, &self.counters);
                 if let Err(fault) = whole {
                     self.salvage(fault, chunk, &mut buf, None)?;

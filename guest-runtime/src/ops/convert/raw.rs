@@ -1,4 +1,4 @@
-//! Into a raw file: disk offset equals file offset, so chunks need no order.
+//! Into a disk that lies in one piece in a file: chunks need no order.
 
 use alloc::vec::Vec;
 
@@ -9,9 +9,11 @@ use super::plan::Chunk;
 use super::{Counters, Sparse};
 use crate::platform::{Io, Platform};
 
-/// The raw file that is written.
+/// The file that is written.
 pub(super) struct RawTarget {
     pub file: FileId,
+    /// Where in it the disk begins.
+    pub base: u64,
     /// Areas that nobody writes read as zero.
     pub zero_init: bool,
 }
@@ -60,17 +62,17 @@ impl RawTarget {
         if let ExtentKind::Data { file, host } = extent.kind {
             counters.add_copied(len);
             let skip_zero = (self.zero_init && !sparse.allocate_all()).then_some(sparse.alignment());
-            return Io::Copy { from: file, offset: host, to: self.file, to_offset: offset, len, skip_zero };
+            return Io::Copy { from: file, offset: host, to: self.file, to_offset: self.base + offset, len, skip_zero };
         }
         let mode = if sparse.allocate_all() { ZeroMode::KeepAllocated } else { ZeroMode::Unmap };
-        Io::WriteZeroes { file: self.file, offset, len, mode }
+        Io::WriteZeroes { file: self.file, offset: self.base + offset, len, mode }
     }
 
     /// Writes the runs of a span that hold data; the others too where the file would not read as zero.
     fn write_span<'b>(&self, offset: u64, bytes: &'b [u8], sparse: &Sparse, writes: &mut Batch<'b>) {
         let mut write = |start: usize, end: usize| {
             let at = offset + start as u64;
-            writes.push(at, Io::Write { file: self.file, offset: at, buf: &bytes[start..end] });
+            writes.push(at, Io::Write { file: self.file, offset: self.base + at, buf: &bytes[start..end] });
         };
         if sparse.allocate_all() || !self.zero_init {
             return write(0, bytes.len());

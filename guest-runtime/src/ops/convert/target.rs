@@ -2,30 +2,29 @@
 
 use alloc::boxed::Box;
 
-use instar_blockio::{BlockAlloc, BlockRead, Codec, Error};
+use instar_blockio::{Error, FileId};
 use instar_codec::Encoder;
-use instar_guest_protocol::message::{Cause, ConvertRequest, Failure, FileRole, Format, Step};
-use instar_qcow2::CompressionType;
+use instar_guest_protocol::message::{Cause, ConvertRequest, Failure, Step};
 
 use super::bitmaps::SourceBitmaps;
 use super::mapped::MappedTarget;
 use super::plan::Rules;
 use super::raw::RawTarget;
 use crate::chain::open_source;
+use crate::formats::{Completion, FlatImage, MappedImage, TargetImage, create_image, open_target};
 use crate::lock::Lock;
-use crate::ops::create::{Qcow2Target, create_qcow2, create_raw, open_qcow2, open_target_file};
-use crate::ops::failure::{about, block, failure, qcow2_failure};
+use crate::ops::failure::{about, block, failure};
 use crate::platform::{Io, Platform};
 
 /// Bytes of a chunk that is read into guest memory: the size of qemu-img's requests, so that the same data gives the same image.
 const CHUNK: u64 = 2 << 20;
-/// Bytes of a chunk that goes to a raw file, mostly by copy requests.
+/// Bytes of a chunk that goes to a flat file, mostly by copy requests.
 const RAW_CHUNK: u64 = 4 << 20;
 
 /// Where the data goes.
 pub(super) enum Target<P: Platform> {
-    /// A raw file.
-    Raw(RawTarget),
+    /// A disk in one piece.
+    Raw(RawTarget, Option<Lock<Completion<P>>>),
     /// An image with an allocation table.
     Mapped(Box<MappedTarget<P>>),
 }
@@ -36,60 +35,55 @@ impl<P: Platform> Target<P> {
     /// # Errors
     /// The host's refusal to open the file, contradicting options, or the writer's error.
     pub fn prepare(platform: &P, request: &ConvertRequest, size: u64) -> Result<Self, Failure> {
-        let format = request.target.format();
-        match format {
-            Format::Raw if request.compress => Err(failure(Step::Create, Cause::CompressionUnsupported)),
-            Format::Raw => Self::prepare_raw(platform, request, size),
-            Format::Qcow2 => Self::prepare_qcow2(platform, request, size),
-            _ => Err(Failure { format: format.into(), ..failure(Step::Create, Cause::FormatNotSupported) }),
-        }
-    }
-
-    fn prepare_raw(platform: &P, request: &ConvertRequest, size: u64) -> Result<Self, Failure> {
-        let opened = open_target_file(platform, FileRole::Target, size)?;
-        if request.target.existing {
-            if opened.file.size() < size {
-                return Err(about(Step::OpenTarget, opened.id, Cause::TargetTooSmall));
-            }
-            return Ok(Self::Raw(RawTarget { file: opened.id, zero_init: request.target_is_zero }));
-        }
-        create_raw(platform, &opened, size, request.target.preallocation())?;
-        let zero_init = !opened.block_device || request.target_is_zero;
-        Ok(Self::Raw(RawTarget { file: opened.id, zero_init }))
-    }
-
-    fn prepare_qcow2(platform: &P, request: &ConvertRequest, size: u64) -> Result<Self, Failure> {
-        let Qcow2Target { id, writer, block_device } = match request.target.existing {
-            true => open_qcow2(platform, size, request.flush)?,
-            false => create_qcow2(platform, &request.target, size, request.flush)?,
+        let existing = request.target.existing;
+        let image = match existing {
+            true => open_target(platform, &request.target, size, request.flush)?,
+            false => create_image(platform, &request.target, size, request.flush)?,
         };
-        if writer.size() < size {
-            return Err(failure(Step::OpenTarget, Cause::TargetTooSmall));
+        match image {
+            TargetImage::Flat(_) if request.compress => Err(failure(Step::Create, Cause::CompressionUnsupported)),
+            TargetImage::Flat(image) if existing && image.size < size => {
+                Err(about(Step::OpenTarget, image.file, Cause::TargetTooSmall))
+            }
+            TargetImage::Flat(image) => Ok(Self::flat(request, image)),
+            TargetImage::Mapped(image) if image.disk().size() < size => {
+                Err(failure(Step::OpenTarget, Cause::TargetTooSmall))
+            }
+            TargetImage::Mapped(image) => Self::mapped(platform, request, image),
         }
+    }
+
+    fn flat(request: &ConvertRequest, image: FlatImage<P>) -> Self {
+        let fresh = !request.target.existing && !image.block_device;
+        let zero_init = fresh || request.target_is_zero;
+        Self::Raw(RawTarget { file: image.file, base: image.base, zero_init }, image.completion.map(Lock::new))
+    }
+
+    fn mapped(platform: &P, request: &ConvertRequest, image: Box<dyn MappedImage<P>>) -> Result<Self, Failure> {
+        let existing = request.target.existing;
         let backing = match request.target.backing.as_ref().and_then(|backing| backing.image.as_ref()) {
-            Some(image) => Some(Lock::new(open_source(platform, image, false)?)),
+            Some(source) => Some(Lock::new(open_source(platform, source, false)?)),
             None => None,
         };
-        let codec = match writer.header().compression {
-            CompressionType::Zstd => Codec::Zstd,
-            CompressionType::Zlib => Codec::Deflate,
-        };
-        let compress = request.compress.then_some(codec);
-        let whole_units = request.target.existing || backing.is_some() || block_device;
+        let compression = image.compression();
+        let compress = compression.filter(|compression| request.compress || compression.always);
+        if request.compress && compress.is_none() {
+            return Err(about(Step::Create, image.id(), Cause::CompressionUnsupported));
+        }
+        let whole_units = existing || backing.is_some() || image.on_block_device();
         let unit = match compress {
-            Some(_) => writer.header().geometry.cluster_size(),
-            None if whole_units => writer.alloc_unit(),
+            Some(compression) => compression.unit,
+            None if whole_units => image.disk().alloc_unit(),
             None => 1,
         };
-        let zero_init = (!request.target.existing && backing.is_none()) || request.target_is_zero;
+        let zero_init = (!existing && backing.is_none()) || request.target_is_zero;
         Ok(Self::Mapped(Box::new(MappedTarget {
-            id,
-            writer: Lock::new(writer),
+            image: Lock::new(image),
             backing,
-            existing: request.target.existing,
+            existing,
             zero_init,
             unit,
-            compress,
+            compress: compress.map(|compression| compression.codec),
             order: Lock::default(),
         })))
     }
@@ -97,7 +91,7 @@ impl<P: Platform> Target<P> {
     /// How the disk is cut for this target.
     pub fn rules(&self) -> Rules {
         match self {
-            Self::Raw(raw) => Rules {
+            Self::Raw(raw, _) => Rules {
                 zero_init: raw.zero_init,
                 skip_unallocated: false,
                 allocate_all: false,
@@ -109,7 +103,7 @@ impl<P: Platform> Target<P> {
                 skip_unallocated: mapped.backing.is_some(),
                 allocate_all: false,
                 unit: mapped.unit,
-                chunk: CHUNK,
+                chunk: CHUNK.max(mapped.unit),
             },
         }
     }
@@ -118,7 +112,7 @@ impl<P: Platform> Target<P> {
     pub fn encoder(&self) -> Option<Encoder> {
         match self {
             Self::Mapped(mapped) => mapped.compress.map(Encoder::new),
-            Self::Raw(_) => None,
+            Self::Raw(..) => None,
         }
     }
 
@@ -127,23 +121,28 @@ impl<P: Platform> Target<P> {
     /// # Errors
     /// The device's error; the image is then not valid.
     pub fn finish(self, platform: &P, bitmaps: Option<SourceBitmaps<P>>, flush: bool) -> Result<(), Failure> {
-        let write_error = |error: Error| block(Step::Write, None, error.offset().unwrap_or(0), error);
         match self {
-            Self::Raw(raw) => match flush {
-                true => platform.submit(&mut [Io::Flush { file: raw.file }]).map_err(|(_, error)| write_error(error)),
-                false => Ok(()),
-            },
+            Self::Raw(raw, completion) => {
+                if let Some(complete) = completion {
+                    complete.into_inner()(platform)?;
+                }
+                if flush { flush_file(platform, raw.file) } else { Ok(()) }
+            }
             Self::Mapped(mapped) => {
-                let id = mapped.id;
-                let mut writer = mapped.writer.into_inner();
+                let mut image = mapped.image.into_inner();
                 if mapped.compress.is_some() && !mapped.existing {
-                    writer.align_end();
+                    image.end_compressed();
                 }
-                if let Some(bitmaps) = bitmaps {
-                    bitmaps.copy(&mut writer)?;
+                if let (Some(bitmaps), Some(writer)) = (bitmaps, image.as_qcow2_mut()) {
+                    bitmaps.copy(writer)?;
                 }
-                writer.finish().map_err(|error| qcow2_failure(Step::Write, id, error))
+                image.finish()
             }
         }
     }
+}
+
+fn flush_file<P: Platform>(platform: &P, file: FileId) -> Result<(), Failure> {
+    let failed = |(_, error): (usize, Error)| block(Step::Write, None, error.offset().unwrap_or(0), error);
+    platform.submit(&mut [Io::Flush { file }]).map_err(failed)
 }

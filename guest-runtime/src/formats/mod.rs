@@ -1,0 +1,263 @@
+//! The formats composed: what the operations need to know of an image, whatever its format.
+//!
+//! One file for each format says how it is opened ([`OpenImage`]), how it is made and filled ([`TargetImage`]) and what `info` tells
+//! of it. A format is added by such a file and one line in each `match` of this one.
+
+mod qcow2;
+mod raw;
+pub mod target;
+
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+
+use instar_blockio::{BlockAlloc, BlockRead, BlockWrite, Codec, FileId, Layer, ReadPart};
+use instar_guest_protocol::message::{
+    Cause, Failure, Format, ImageInfo, OptionError, Reference, SnapshotSelector, Step, Target,
+};
+
+use self::target::TargetDisk;
+use crate::detect::{Detection, HEAD_LEN, TAIL_LEN, detect};
+use crate::ops::failure::{about, block, failure};
+use crate::platform::{File, Platform};
+
+pub use self::qcow2::{bitmap_info, qcow2_failure, snapshot_info};
+
+/// An opened image: its main file has been looked at, further files have not.
+pub trait OpenImage<P: Platform>: Send {
+    /// Its format.
+    fn format(&self) -> Format;
+
+    /// What lies below it, if anything.
+    fn backing(&self) -> Option<Backing> {
+        None
+    }
+
+    /// Is `parent` the image that this one was made on? Formats that record an identity of their parent compare it.
+    ///
+    /// # Errors
+    /// What the user is told of a parent that is another one or has been changed.
+    fn check_backing(&self, parent: &dyn OpenImage<P>) -> Result<(), Failure> {
+        let _ = parent;
+        Ok(())
+    }
+
+    /// What a differencing image records of this one: changes whenever the contents change.
+    fn identity(&self) -> Option<[u8; 16]> {
+        None
+    }
+
+    /// Opens the further files that hold its data. Describing an image needs none of them.
+    ///
+    /// # Errors
+    /// A file that the host refuses or that does not fit; an image whose data can't be read.
+    fn open_parts(&mut self, platform: &P) -> Result<(), Failure> {
+        let _ = platform;
+        Ok(())
+    }
+
+    /// The files that it refers to, in the order in which they would be opened.
+    fn references(&self) -> Vec<Reference> {
+        Vec::new()
+    }
+
+    /// Fills in what `info` tells, [`ImageInfo::safety`] excepted.
+    ///
+    /// # Errors
+    /// Tables that can't be read.
+    fn describe(&self, platform: &P, info: &mut ImageInfo) -> Result<(), Failure>;
+
+    /// Reads an internal snapshot from now on.
+    ///
+    /// # Errors
+    /// No such snapshot, or one that can't be read.
+    fn select_snapshot(&mut self, selector: &SnapshotSelector) -> Result<(), Failure>;
+
+    /// The image as a layer of a chain.
+    fn into_layer(self: Box<Self>) -> Box<dyn Layer>;
+
+    /// The image itself, for what only qcow2 has.
+    fn as_qcow2(&self) -> Option<&instar_qcow2::Image<File<P>>> {
+        None
+    }
+}
+
+/// What an image says of the image below it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backing {
+    /// Names to try, the best first; never empty.
+    pub names: Vec<Vec<u8>>,
+    /// Driver name of its format; `None`: not recorded, it is looked at.
+    pub driver: Option<Vec<u8>>,
+}
+
+/// An image that is written.
+pub enum TargetImage<P: Platform> {
+    /// The disk is one run of a file.
+    Flat(FlatImage<P>),
+    /// An allocation table says where the parts of the disk lie.
+    Mapped(Box<dyn MappedImage<P>>),
+}
+
+/// A disk that lies in one piece in a file.
+pub struct FlatImage<P> {
+    /// The file.
+    pub file: FileId,
+    /// Where in it the disk begins, bytes.
+    pub base: u64,
+    /// Bytes of the disk.
+    pub size: u64,
+    /// The file can't grow, and does not read as zero when it is fresh.
+    pub block_device: bool,
+    /// Writes what makes the image whole, such as a footer.
+    pub completion: Option<Completion<P>>,
+}
+
+/// The last step of making a [`FlatImage`].
+pub type Completion<P> = Box<dyn FnOnce(&P) -> Result<(), Failure> + Send>;
+
+/// What the writer of a format can do.
+pub trait ImageWriter: BlockAlloc + BlockWrite + Send {}
+impl<T: BlockAlloc + BlockWrite + Send> ImageWriter for T {}
+
+/// An image with an allocation table, open for writing.
+pub trait MappedImage<P: Platform>: Send {
+    /// Its main file.
+    fn id(&self) -> FileId;
+
+    /// The disk.
+    fn disk(&self) -> &dyn ImageWriter;
+
+    /// The disk, to be written.
+    fn disk_mut(&mut self) -> &mut dyn ImageWriter;
+
+    /// How units of it are compressed; `None` if it stores nothing compressed.
+    fn compression(&self) -> Option<Compression> {
+        None
+    }
+
+    /// What nobody writes does not read as zero in the file below, although the image is fresh.
+    fn on_block_device(&self) -> bool;
+
+    /// Completes the file behind the last compressed unit.
+    fn end_compressed(&mut self) {}
+
+    /// Writes the rest of the metadata, the header last.
+    ///
+    /// # Errors
+    /// The device's error; the image is then not valid.
+    fn finish(self: Box<Self>) -> Result<(), Failure>;
+
+    /// The image itself, for what only qcow2 has.
+    fn as_qcow2_mut(&mut self) -> Option<&mut instar_qcow2::Writer<TargetDisk<P>>> {
+        None
+    }
+}
+
+/// How an image stores compressed units.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Compression {
+    /// By which codec.
+    pub codec: Codec,
+    /// Bytes of a unit before compression, a power of two.
+    pub unit: u64,
+    /// It stores nothing else.
+    pub always: bool,
+}
+
+impl<P: Platform> TargetImage<P> {
+    /// Bytes of the disk.
+    pub fn size(&self) -> u64 {
+        match self {
+            Self::Flat(image) => image.size,
+            Self::Mapped(image) => image.disk().size(),
+        }
+    }
+
+    /// Completes the image.
+    ///
+    /// # Errors
+    /// The device's error; the image is then not valid.
+    pub fn finish(self, platform: &P) -> Result<(), Failure> {
+        match self {
+            Self::Flat(image) => image.completion.map_or(Ok(()), |complete| complete(platform)),
+            Self::Mapped(image) => image.finish(),
+        }
+    }
+}
+
+/// What the first and last bytes of a file look like.
+///
+/// # Errors
+/// The host's error in reading them.
+pub fn probe<F: BlockRead>(file: &F, id: FileId) -> Result<Detection, Failure> {
+    let len = file.size();
+    let mut head = alloc::vec![0; len.min(HEAD_LEN as u64) as usize];
+    let mut tail = alloc::vec![0; len.min(TAIL_LEN as u64) as usize];
+    let tail_at = len - tail.len() as u64;
+    let mut parts = [ReadPart { offset: 0, buf: &mut head }, ReadPart { offset: tail_at, buf: &mut tail }];
+    file.read_many(&mut parts).map_err(|error| block(Step::Open, Some(id), 0, error))?;
+    Ok(detect(&head, &tail, len))
+}
+
+/// Opens the image on a granted device, without its further files and its chain. `strict`: see
+/// [`Source::strict`](instar_guest_protocol::message::Source::strict).
+///
+/// # Errors
+/// A format that the file has not or that can't be opened; the format's own reasons.
+pub fn open_image<P: Platform>(
+    platform: &P,
+    device: u32,
+    format: Format,
+    strict: bool,
+) -> Result<Box<dyn OpenImage<P>>, Failure> {
+    let id = FileId(device);
+    let file = platform.file(device).ok_or_else(|| about(Step::Open, id, Cause::BadRequest))?;
+    let format = match format {
+        Format::Unknown => probe(&file, id)?.format,
+        known => known,
+    };
+    match format {
+        Format::Raw | Format::File => raw::open(file, id),
+        Format::Qcow2 => qcow2::open(file, id, strict),
+        other => Err(Failure { format: other.into(), ..about(Step::Open, id, Cause::FormatNotSupported) }),
+    }
+}
+
+/// Makes the image for a disk of `size` bytes. It is not valid before it is finished. `durable`: flushes reach the disk.
+///
+/// # Errors
+/// The host's refusal to open a file, contradicting options, or the writer's error.
+pub fn create_image<P: Platform>(
+    platform: &P,
+    target: &Target,
+    size: u64,
+    durable: bool,
+) -> Result<TargetImage<P>, Failure> {
+    match target.format() {
+        Format::Raw => raw::create(platform, target, size),
+        Format::Qcow2 => qcow2::create(platform, target, size, durable),
+        format => Err(Failure { format: format.into(), ..failure(Step::Create, Cause::FormatNotSupported) }),
+    }
+}
+
+/// Opens an existing image to write a disk of `size` bytes into it.
+///
+/// # Errors
+/// The host's refusal to open a file; an image that can't be written.
+pub fn open_target<P: Platform>(
+    platform: &P,
+    target: &Target,
+    size: u64,
+    durable: bool,
+) -> Result<TargetImage<P>, Failure> {
+    match target.format() {
+        Format::Raw => raw::open_target(platform, size),
+        Format::Qcow2 => qcow2::open_target(platform, size, durable),
+        format => Err(Failure { format: format.into(), ..failure(Step::OpenTarget, Cause::FormatNotSupported) }),
+    }
+}
+
+/// Options of a new image that contradict each other.
+fn invalid_options(id: FileId, format: Format, reason: OptionError) -> Failure {
+    Failure { value: reason as u64, format: format.into(), ..about(Step::Create, id, Cause::InvalidOptions) }
+}

@@ -1,0 +1,444 @@
+//! qcow2: the image, its snapshots and bitmaps, its external data file.
+
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+
+use instar_blockio::{BlockRead, Codec, FileId, Layer};
+use instar_guest_protocol::message as wire;
+use instar_guest_protocol::message::{
+    BitmapFault, Cause, Failure, Field, FileRole, Format, ImageInfo, OptionError, Preallocation, Qcow2Info, Reference,
+    SnapshotSelector, Step, Target,
+};
+use instar_luks as luks;
+use instar_qcow2::{self as qcow2, CompressionType, CreateOptions, Writer};
+
+use super::target::{TargetDisk, open_target_file};
+use super::{Backing, Compression, ImageWriter, MappedImage, OpenImage, TargetImage, invalid_options};
+use crate::chain::request_file;
+use crate::ops::failure::{about, block};
+use crate::platform::{File, Platform};
+
+struct Qcow2<P: Platform> {
+    image: Box<qcow2::Image<File<P>>>,
+    id: FileId,
+}
+
+/// Opens an image, without its data file.
+pub(super) fn open<P: Platform>(file: File<P>, id: FileId, strict: bool) -> Result<Box<dyn OpenImage<P>>, Failure> {
+    let options = qcow2::OpenOptions { strict, ..qcow2::OpenOptions::default() };
+    let image = qcow2::Image::open(file.clone(), id, &options).map_err(|error| open_failure(&file, id, error))?;
+    Ok(Box::new(Qcow2 { image: Box::new(image), id }))
+}
+
+impl<P: Platform> OpenImage<P> for Qcow2<P> {
+    fn format(&self) -> Format {
+        Format::Qcow2
+    }
+
+    fn backing(&self) -> Option<Backing> {
+        let name = self.image.backing_file()?.to_vec();
+        Some(Backing { names: alloc::vec![name], driver: self.image.backing_format().map(<[u8]>::to_vec) })
+    }
+
+    fn open_parts(&mut self, platform: &P) -> Result<(), Failure> {
+        self.image.check_readable().map_err(|error| qcow2_failure(Step::Open, self.id, error))?;
+        if self.image.needs_data_file() {
+            let (file, id) = open_data_file(platform, self.id, self.image.data_file_name(), false)?;
+            self.image.attach_data_file(file, id);
+        }
+        Ok(())
+    }
+
+    fn references(&self) -> Vec<Reference> {
+        let reference = |role: FileRole, name: &[u8]| Reference { role: role.into(), name: name.to_vec() };
+        let backing = self.image.backing_file().map(|name| reference(FileRole::Backing, name));
+        let data_file = self.image.needs_data_file();
+        let data = data_file.then(|| reference(FileRole::Data, self.image.data_file_name().unwrap_or_default()));
+        backing.into_iter().chain(data).collect()
+    }
+
+    fn describe(&self, platform: &P, info: &mut ImageInfo) -> Result<(), Failure> {
+        let image = &self.image;
+        let failed = |error| qcow2_failure(Step::Open, self.id, error);
+        let encryption = image.encryption();
+        info.virtual_size = image.virtual_size();
+        info.cluster_size = Some(image.cluster_size());
+        info.encrypted = encryption != qcow2::Encryption::None;
+        info.dirty = image.is_dirty();
+        info.backing_file = image.backing_file().map(<[u8]>::to_vec);
+        info.backing_format = image.backing_format().map(<[u8]>::to_vec);
+        info.snapshots = image.snapshots().map_err(failed)?.into_iter().map(snapshot_info).collect();
+        info.qcow2 = Some(Qcow2Info {
+            version: image.header().version,
+            zstd: image.compression() == CompressionType::Zstd,
+            lazy_refcounts: image.header().compatible.contains(qcow2::Compatible::LAZY_REFCOUNTS),
+            bitmaps: image.bitmaps().map_err(failed)?.into_iter().map(bitmap_info).collect(),
+            refcount_bits: image.header().geometry.refcount_bits(),
+            aes: encryption == qcow2::Encryption::Aes,
+            luks: match encryption {
+                qcow2::Encryption::Luks { offset, .. } => Some(luks_header(platform, self.id, offset.0)?),
+                _ => None,
+            },
+            data_file: image.data_file_name().map(<[u8]>::to_vec),
+            data_file_raw: image.data_file_raw(),
+            corrupt: image.is_corrupt(),
+            extended_l2: image.header().geometry.extended_l2(),
+            has_data_file: image.needs_data_file(),
+        });
+        Ok(())
+    }
+
+    fn select_snapshot(&mut self, selector: &SnapshotSelector) -> Result<(), Failure> {
+        fn given(text: &[u8]) -> Option<&[u8]> {
+            Some(text).filter(|text| !text.is_empty())
+        }
+        let wanted = match given(&selector.id_or_name) {
+            Some(text) => qcow2::SnapshotSelector::IdOrName(text),
+            None => qcow2::SnapshotSelector::Exact { id: given(&selector.id), name: given(&selector.name) },
+        };
+        self.image.select_snapshot(wanted).map_err(|error| qcow2_failure(Step::Snapshot, self.id, error))
+    }
+
+    fn into_layer(self: Box<Self>) -> Box<dyn Layer> {
+        self.image
+    }
+
+    fn as_qcow2(&self) -> Option<&qcow2::Image<File<P>>> {
+        Some(&self.image)
+    }
+}
+
+/// Why a qcow2 image can't be opened, with the names from the image that the message quotes.
+fn open_failure<F: BlockRead>(file: &F, id: FileId, error: qcow2::Error) -> Failure {
+    let failure = qcow2_failure(Step::Open, id, error);
+    match error {
+        qcow2::Error::UnknownFeatures(bits) => match qcow2::feature_names(file, bits) {
+            Ok(found) => Failure { text: found.names.join(&b", "[..]), value2: found.unnamed, ..failure },
+            Err(_) => Failure { value2: bits, ..failure },
+        },
+        qcow2::Error::BitmapDirectory(fault) => match fault.name() {
+            Some(place) => Failure { text: read_name(file, place), ..failure },
+            None => failure,
+        },
+        _ => failure,
+    }
+}
+
+fn read_name<F: BlockRead>(file: &F, place: qcow2::NameAt) -> Vec<u8> {
+    let mut name = alloc::vec![0; place.len.into()];
+    match file.read_at(place.offset, &mut name) {
+        Ok(()) => name,
+        Err(_) => Vec::new(),
+    }
+}
+
+fn luks_header<P: Platform>(platform: &P, id: FileId, offset: u64) -> Result<wire::LuksInfo, Failure> {
+    let field = |value2| Failure {
+        value: Field::EncryptionHeader as u64,
+        value2,
+        ..about(Step::Open, id, Cause::InvalidField)
+    };
+    let file = platform.file(id.0).ok_or_else(|| about(Step::Open, id, Cause::BadRequest))?;
+    let mut bytes = [0; luks::HEADER_LEN];
+    file.read_at(offset, &mut bytes).map_err(|error| block(Step::Open, Some(id), offset, error))?;
+    let header = luks::Header::parse(&bytes).map_err(|_| field(offset))?;
+    Ok(wire::LuksInfo {
+        version: 1,
+        cipher_name: header.cipher_name().to_vec(),
+        cipher_mode: header.cipher_mode().to_vec(),
+        hash: header.hash_spec().to_vec(),
+        uuid: header.uuid().to_vec(),
+        key_bytes: header.key_bytes(),
+        payload_offset: header.payload_offset(),
+        digest_iterations: header.digest_iterations(),
+        slots: header
+            .slots()
+            .iter()
+            .map(|slot| wire::LuksSlot {
+                active: slot.active,
+                iterations: slot.iterations,
+                key_offset: slot.key_offset,
+                stripes: slot.stripes,
+            })
+            .collect(),
+    })
+}
+
+/// A snapshot as the host is told of it.
+pub fn snapshot_info(found: qcow2::Snapshot) -> wire::Snapshot {
+    wire::Snapshot {
+        id: found.id,
+        name: found.name,
+        vm_state_size: found.vm_state_size,
+        date_sec: found.date_sec,
+        date_nsec: found.date_nsec,
+        vm_clock_nsec: found.vm_clock_nsec,
+        icount: found.icount,
+        virtual_size: found.virtual_size,
+    }
+}
+
+/// A bitmap as the host is told of it.
+pub fn bitmap_info(found: qcow2::BitmapInfo) -> wire::Bitmap {
+    wire::Bitmap {
+        name: found.name,
+        granularity: 1 << found.granularity_bits,
+        in_use: found.flags.contains(qcow2::BitmapFlags::IN_USE),
+        auto: found.flags.contains(qcow2::BitmapFlags::AUTO),
+    }
+}
+
+/// Opens the external data file that an image names.
+pub(crate) fn open_data_file<P: Platform>(
+    platform: &P,
+    image: FileId,
+    name: Option<&[u8]>,
+    writable: bool,
+) -> Result<(File<P>, FileId), Failure> {
+    let missing = || Failure { value: Field::DataFileMissing as u64, ..about(Step::Open, image, Cause::InvalidField) };
+    let name = name.ok_or_else(missing)?.to_vec();
+    let id = request_file(platform, image, FileRole::Data, name, Format::Raw, writable)?;
+    let file = platform.file(id.0).ok_or_else(|| about(Step::Open, image, Cause::OpenRefused))?;
+    Ok((file, id))
+}
+
+/// An image that is written.
+struct Qcow2Target<P: Platform> {
+    writer: Writer<TargetDisk<P>>,
+    id: FileId,
+    block_device: bool,
+}
+
+/// Makes a fresh image; it has no valid header before it is finished.
+pub(super) fn create<P: Platform>(
+    platform: &P,
+    target: &Target,
+    size: u64,
+    durable: bool,
+) -> Result<TargetImage<P>, Failure> {
+    let options = create_options(target, size);
+    let main = open_target_file(platform, FileRole::Target, size)?;
+    let id = main.id;
+    options.check().map_err(|error| option_failure(id, error))?;
+    let data = match &options.data_file {
+        Some(_) => Some(open_target_file(platform, FileRole::TargetData, size)?),
+        None => None,
+    };
+    let block_device = data.as_ref().map_or(main.block_device, |data| data.block_device);
+    let data = data.map(|data| {
+        let id = data.id;
+        (data.disk(durable), id)
+    });
+    let writer = qcow2::create(main.disk(durable), id, data, &options).map_err(|error| creation_failure(id, error))?;
+    Ok(TargetImage::Mapped(Box::new(Qcow2Target { writer, id, block_device })))
+}
+
+/// Opens an existing image to write into it.
+pub(super) fn open_target<P: Platform>(platform: &P, size: u64, durable: bool) -> Result<TargetImage<P>, Failure> {
+    let main = open_target_file(platform, FileRole::Target, size)?;
+    let (id, block_device) = (main.id, main.block_device);
+    let failed = |error| qcow2_failure(Step::OpenTarget, id, error);
+    let image = qcow2::Image::open(main.file.clone(), id, &qcow2::OpenOptions::default()).map_err(failed)?;
+    let data = match image.needs_data_file() {
+        true => Some(open_data_file(platform, id, image.data_file_name(), true)?),
+        false => None,
+    };
+    let data = data.map(|(file, id)| (TargetDisk::new(file, durable), id));
+    let writer = Writer::open(main.disk(durable), id, data).map_err(failed)?;
+    Ok(TargetImage::Mapped(Box::new(Qcow2Target { writer, id, block_device })))
+}
+
+impl<P: Platform> MappedImage<P> for Qcow2Target<P> {
+    fn id(&self) -> FileId {
+        self.id
+    }
+
+    fn disk(&self) -> &dyn ImageWriter {
+        &self.writer
+    }
+
+    fn disk_mut(&mut self) -> &mut dyn ImageWriter {
+        &mut self.writer
+    }
+
+    fn compression(&self) -> Option<Compression> {
+        let codec = match self.writer.header().compression {
+            CompressionType::Zstd => Codec::Zstd,
+            CompressionType::Zlib => Codec::Deflate,
+        };
+        Some(Compression { codec, unit: self.writer.header().geometry.cluster_size(), always: false })
+    }
+
+    fn on_block_device(&self) -> bool {
+        self.block_device
+    }
+
+    fn end_compressed(&mut self) {
+        self.writer.align_end();
+    }
+
+    fn finish(self: Box<Self>) -> Result<(), Failure> {
+        self.writer.finish().map_err(|error| qcow2_failure(Step::Write, self.id, error))
+    }
+
+    fn as_qcow2_mut(&mut self) -> Option<&mut Writer<TargetDisk<P>>> {
+        Some(&mut self.writer)
+    }
+}
+
+fn create_options(target: &Target, size: u64) -> CreateOptions {
+    let wanted = target.qcow2.clone().unwrap_or_default();
+    let standard = CreateOptions::default();
+    CreateOptions {
+        version: wanted.version.unwrap_or(standard.version),
+        cluster_size: wanted.cluster_size.unwrap_or(standard.cluster_size),
+        extended_l2: wanted.extended_l2,
+        refcount_bits: wanted.refcount_bits.unwrap_or(standard.refcount_bits),
+        lazy_refcounts: wanted.lazy_refcounts,
+        compression: if wanted.zstd { Codec::Zstd } else { Codec::Deflate },
+        data_file: wanted.data_file,
+        data_file_raw: wanted.data_file_raw,
+        backing_file: target.backing.as_ref().map(|backing| backing.name.clone()),
+        backing_format: target
+            .backing
+            .as_ref()
+            .map(|backing| backing.format_name.clone())
+            .filter(|name| !name.is_empty()),
+        preallocation: match target.preallocation() {
+            Preallocation::Off => qcow2::Preallocation::Off,
+            Preallocation::Metadata => qcow2::Preallocation::Metadata,
+            Preallocation::Falloc => qcow2::Preallocation::Falloc,
+            Preallocation::Full => qcow2::Preallocation::Full,
+        },
+        size,
+    }
+}
+
+fn creation_failure(id: FileId, error: qcow2::Error) -> Failure {
+    match error {
+        qcow2::Error::Options(error) => option_failure(id, error),
+        other => qcow2_failure(Step::Create, id, other),
+    }
+}
+
+fn option_failure(id: FileId, error: qcow2::OptionError) -> Failure {
+    use qcow2::OptionError as E;
+    let reason = match error {
+        E::SizeTooLarge(value) => {
+            return Failure { value, format: Format::Qcow2.into(), ..about(Step::Create, id, Cause::SizeTooLarge) };
+        }
+        E::Version(_) => OptionError::Version,
+        E::ClusterSize(_) => OptionError::ClusterSize,
+        E::ExtendedL2Version => OptionError::ExtendedL2Version,
+        E::ExtendedL2ClusterSize(_) => OptionError::ExtendedL2ClusterSize,
+        E::BackingWithPreallocation => OptionError::BackingWithPreallocation,
+        E::BackingFormatAlone => OptionError::BackingFormatAlone,
+        E::LazyRefcountsVersion => OptionError::LazyRefcountsVersion,
+        E::RefcountBits(_) => OptionError::RefcountBits,
+        E::RefcountBitsVersion => OptionError::RefcountBitsVersion,
+        E::DataFileRawAlone => OptionError::DataFileRawAlone,
+        E::BackingWithDataFileRaw => OptionError::BackingWithDataFileRaw,
+        E::DataFileVersion => OptionError::DataFileVersion,
+        E::CompressionVersion => OptionError::CompressionVersion,
+        E::BackingNameTooLong(_) => OptionError::BackingNameLength,
+        E::BackingFormatTooLong(_) => OptionError::BackingFormatLength,
+        _ => OptionError::Unspecified,
+    };
+    invalid_options(id, Format::Qcow2, reason)
+}
+
+/// Why a qcow2 image can't be opened, read or made.
+pub fn qcow2_failure(step: Step, id: FileId, error: qcow2::Error) -> Failure {
+    use qcow2::Error as E;
+    let of = |cause| Failure { format: Format::Qcow2.into(), ..about(step, id, cause) };
+    let with = |cause, value| Failure { value, ..of(cause) };
+    let field = |field: Field, value2| Failure { value: field as u64, value2, ..of(Cause::InvalidField) };
+    match error {
+        E::Io(error) => block(step, Some(id), error.offset().unwrap_or(0), error),
+        E::NotQcow2 => of(Cause::NotInFormat),
+        E::UnsupportedVersion(version) => with(Cause::UnsupportedVersion, version.into()),
+        E::UnsupportedClusterBits(bits) => with(Cause::UnsupportedClusterSize, bits.into()),
+        E::HeaderTooShort(len) => with(Cause::HeaderTooShort, len.into()),
+        E::UnknownFeatures(bits) => with(Cause::UnknownFeatures, bits),
+        E::ImageTooBig(size) => with(Cause::ImageTooBig, size),
+        E::SnapshotNotFound => of(Cause::SnapshotNotFound),
+        E::OutOfMemory => of(Cause::OutOfMemory),
+        E::Corrupt { offset, .. } => with(Cause::CorruptMetadata, offset),
+        E::BitmapEntry(entry) => with(Cause::CorruptMetadata, entry),
+        E::Encrypted(_) | E::EncryptedWrite => of(Cause::Encrypted),
+        E::MarkedCorrupt => of(Cause::MarkedCorrupt),
+        E::MarkedDirty => of(Cause::MarkedDirty),
+        E::SizeOverflow(size) => field(Field::SizeOverflow, size),
+        E::RawFlagWithoutDataFile => field(Field::RawFlagWithoutDataFile, 0),
+        E::HeaderTooLong(len) => field(Field::HeaderLength, len.into()),
+        E::BackingOffset(at) => field(Field::BackingOffset, at),
+        E::BackingNameTooLong(len) => field(Field::BackingLength, len.into()),
+        E::UnknownCompression(kind) => field(Field::CompressionType, kind.into()),
+        E::CompressionBitSet => field(Field::CompressionBitSet, 0),
+        E::CompressionBitMissing => field(Field::CompressionBitMissing, 0),
+        E::SubclusterSize(size) => field(Field::ExtendedL2ClusterSize, size.into()),
+        E::RefcountOrder(order) => field(Field::RefcountOrder, order.into()),
+        E::EncryptionMethod(method) => field(Field::EncryptionMethod, method.into()),
+        E::NoRefcountTable => field(Field::RefcountTableMissing, 0),
+        E::TableTooLarge(table, size) => field(table_size(table), size.into()),
+        E::TableOffset(table, at) => field(table_offset(table), at),
+        E::L1TooSmall(size) => field(Field::L1TooSmall, size.into()),
+        E::ExtensionTooLarge(len) => field(Field::ExtensionLength, len.into()),
+        E::BackingFormatTooLong(len) => field(Field::BackingFormatLength, len.into()),
+        E::UnexpectedCryptoHeader => field(Field::CryptoUnexpected, 0),
+        E::CryptoExtensionLength(len) => field(Field::CryptoLength, len.into()),
+        E::CryptoHeaderOffset(at) => field(Field::CryptoOffset, at),
+        E::NoCryptoHeader => field(Field::CryptoMissing, 0),
+        E::BitmapsExtension(fault) => bitmaps_field(fault, field),
+        E::BitmapDirectory(fault) => field(Field::BitmapDirectory, bitmap_fault(fault) as u64),
+        E::SnapshotExtraData(number) => field(Field::SnapshotEntry, number.into()),
+        E::SnapshotTableTooBig(rest) => field(Field::SnapshotTableBytes, rest.into()),
+        E::DataFileMissing => field(Field::DataFileMissing, 0),
+        _ => of(Cause::Unsupported),
+    }
+}
+
+fn table_size(table: qcow2::Table) -> Field {
+    match table {
+        qcow2::Table::ActiveL1 => Field::L1Size,
+        qcow2::Table::SnapshotL1 => Field::SnapshotL1Size,
+        qcow2::Table::Refcount => Field::RefcountTableSize,
+        qcow2::Table::Snapshots => Field::SnapshotTableSize,
+    }
+}
+
+fn table_offset(table: qcow2::Table) -> Field {
+    match table {
+        qcow2::Table::ActiveL1 => Field::L1Offset,
+        qcow2::Table::SnapshotL1 => Field::SnapshotL1Offset,
+        qcow2::Table::Refcount => Field::RefcountTableOffset,
+        qcow2::Table::Snapshots => Field::SnapshotTableOffset,
+    }
+}
+
+fn bitmap_fault(fault: qcow2::DirectoryFault) -> BitmapFault {
+    use qcow2::DirectoryFault as D;
+    match fault {
+        D::Empty => BitmapFault::Empty,
+        D::Broken => BitmapFault::Broken,
+        D::MoreThanSaid => BitmapFault::MoreThanSaid,
+        D::FewerThanSaid => BitmapFault::FewerThanSaid,
+        D::ExtraData => BitmapFault::ExtraData,
+        D::Constraints(_) => BitmapFault::Constraints,
+        D::Duplicate(_) => BitmapFault::Duplicate,
+        D::Table(_) => BitmapFault::Table,
+        D::TableSize(_) => BitmapFault::TableSize,
+    }
+}
+
+fn bitmaps_field(fault: qcow2::BitmapsFault, field: impl Fn(Field, u64) -> Failure) -> Failure {
+    use qcow2::BitmapsFault as B;
+    match fault {
+        B::Length(len) => field(Field::BitmapsLength, len.into()),
+        B::Reserved => field(Field::BitmapsReserved, 0),
+        B::TooMany(count) => field(Field::BitmapsCount, count.into()),
+        B::None => field(Field::BitmapsNone, 0),
+        B::DirectoryOffset(at) => field(Field::BitmapsOffset, at),
+        B::DirectorySize(size) => field(Field::BitmapsSize, size),
+    }
+}
