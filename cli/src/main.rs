@@ -12,6 +12,7 @@ mod chain;
 mod cleanup;
 mod commands;
 mod confine;
+mod creation;
 mod files;
 mod formats;
 mod guest;

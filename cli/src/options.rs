@@ -1,61 +1,36 @@
-//! `-o` lists: which options a format has, how they are parsed, printed and explained.
+//! `-o` lists: how options are parsed, printed and explained.
 
+use instar_guest_protocol::message::Format;
+
+use crate::creation::Creatable;
 use crate::size::{self, SizeError};
 
 /// The kind of value that an option takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+pub enum Kind {
+    /// Any text.
     Text,
+    /// `on` or `off`.
     Switch,
+    /// Bytes, with a suffix.
     Size,
+    /// A plain number.
     Number,
 }
 
 /// An option of a format.
 #[derive(Clone, Copy, Debug)]
-struct Spec {
+pub struct Spec {
     name: &'static str,
     kind: Kind,
     default: Option<&'static str>,
     help: &'static str,
 }
 
-const fn spec(name: &'static str, kind: Kind, default: Option<&'static str>, help: &'static str) -> Spec {
+/// An option: its name, what it takes, the default that the `Formatting` line shows, the help text.
+pub const fn spec(name: &'static str, kind: Kind, default: Option<&'static str>, help: &'static str) -> Spec {
     Spec { name, kind, default, help }
 }
-
-/// qcow2, in the order in which the `Formatting` line has them.
-const QCOW2: &[Spec] = &[
-    spec(
-        "encryption",
-        Kind::Switch,
-        None,
-        "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)",
-    ),
-    spec("encrypt.format", Kind::Text, None, "Encrypt the image, format choices: 'aes', 'luks'"),
-    spec("encrypt.key-secret", Kind::Text, None, "ID of secret providing qcow AES key or LUKS passphrase"),
-    spec("encrypt.cipher-alg", Kind::Text, None, "Name of encryption cipher algorithm"),
-    spec("encrypt.cipher-mode", Kind::Text, None, "Name of encryption cipher mode"),
-    spec("encrypt.ivgen-alg", Kind::Text, None, "Name of IV generator algorithm"),
-    spec("encrypt.ivgen-hash-alg", Kind::Text, None, "Name of IV generator hash algorithm"),
-    spec("encrypt.hash-alg", Kind::Text, None, "Name of encryption hash algorithm"),
-    spec("encrypt.iter-time", Kind::Number, None, "Time to spend in PBKDF in milliseconds"),
-    spec("cluster_size", Kind::Size, Some("65536"), "qcow2 cluster size"),
-    spec("extended_l2", Kind::Switch, Some("off"), "Extended L2 tables"),
-    spec("preallocation", Kind::Text, None, "Preallocation mode (allowed values: off, metadata, falloc, full)"),
-    spec("compression_type", Kind::Text, Some("zlib"), "Compression method used for image cluster compression"),
-    spec("size", Kind::Size, None, "Virtual disk size"),
-    spec("compat", Kind::Text, None, "Compatibility level (v2 [0.10] or v3 [1.1])"),
-    spec("backing_file", Kind::Text, None, "File name of a base image"),
-    spec("backing_fmt", Kind::Text, None, "Image format of the base image"),
-    spec("data_file", Kind::Text, None, "File name of an external data file"),
-    spec("data_file_raw", Kind::Switch, None, "The external data file must stay valid as a raw image"),
-    spec("lazy_refcounts", Kind::Switch, Some("off"), "Postpone refcount updates"),
-    spec("refcount_bits", Kind::Number, Some("16"), "Width of a reference count entry in bits"),
-];
-
-/// raw.
-const RAW: &[Spec] = &[spec("size", Kind::Size, None, "Virtual disk size")];
 
 /// The file below; a format's own option of the same name goes before.
 const FILE: &[Spec] = &[
@@ -65,35 +40,10 @@ const FILE: &[Spec] = &[
     spec("extent_size_hint", Kind::Size, None, "Extent size hint for the image file, 0 to disable"),
 ];
 
-/// A format that can be created.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Creatable {
-    /// raw.
-    Raw,
-    /// qcow2.
-    Qcow2,
-}
-
-impl Creatable {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Raw => "raw",
-            Self::Qcow2 => "qcow2",
-        }
-    }
-
-    fn own(self) -> &'static [Spec] {
-        match self {
-            Self::Raw => RAW,
-            Self::Qcow2 => QCOW2,
-        }
-    }
-
-    /// Its own options, then those of the file.
-    fn all(self) -> impl Iterator<Item = &'static Spec> {
-        let own = self.own();
-        own.iter().chain(FILE.iter().filter(|below| own.iter().all(|spec| spec.name != below.name)))
-    }
+/// The options of a format, then those of the file below it.
+fn all(format: Creatable) -> impl Iterator<Item = &'static Spec> {
+    let own = format.options;
+    own.iter().chain(FILE.iter().filter(|below| own.iter().all(|spec| spec.name != below.name)))
 }
 
 /// One or several `-o` arguments, not yet looked into.
@@ -188,7 +138,7 @@ impl Options {
                 (None, Some(positive)) => (positive, "off".to_owned()),
                 (None, None) => (key.as_str(), "on".to_owned()),
             };
-            let spec = format.all().find(|spec| spec.name == key);
+            let spec = all(format).find(|spec| spec.name == key);
             let spec = spec.ok_or_else(|| crate::problem::Problem::new(format!("Invalid parameter '{key}'")))?;
             options.set(spec, parse_value(spec, value)?);
         }
@@ -206,7 +156,7 @@ impl Options {
 
     /// Sets a text option of the format, if the format has it.
     pub fn set_text(&mut self, name: &str, text: &str) -> bool {
-        let spec = self.format.all().find(|spec| spec.name == name);
+        let spec = all(self.format).find(|spec| spec.name == name);
         if let Some(spec) = spec {
             self.set(spec, Value::Text(text.to_owned()));
         }
@@ -215,7 +165,7 @@ impl Options {
 
     /// Sets the size.
     pub fn set_size(&mut self, size: u64) {
-        if let Some(spec) = self.format.all().find(|spec| spec.name == "size") {
+        if let Some(spec) = all(self.format).find(|spec| spec.name == "size") {
             self.set(spec, Value::Size(size));
         }
     }
@@ -252,7 +202,7 @@ impl Options {
     /// `Formatting 'F', fmt=qcow2 …`, with a line feed.
     pub fn formatting_line(&self, file: &str) -> String {
         let mut line = format!("Formatting '{file}', fmt={}", self.format.name());
-        for spec in self.format.all() {
+        for spec in all(self.format) {
             let shown = match (self.get(spec.name), spec.default) {
                 (Some(Value::Text(text)), _) => text.replace(',', ",,"),
                 (Some(Value::Switch(word, _) | Value::Number(word, _)), _) => word.clone(),
@@ -317,10 +267,10 @@ fn parse_number(text: &str) -> Option<Option<u64>> {
 /// `create -f FMT -o help`; with a file name, the options of the file are merged in.
 pub fn help(format: Creatable, with_file: bool) -> String {
     let mut specs: Vec<&Spec> = match with_file {
-        true => format.all().collect(),
-        false => format.own().iter().collect(),
+        true => all(format).collect(),
+        false => format.options.iter().collect(),
     };
-    if with_file && format == Creatable::Raw {
+    if with_file && format.format == Format::Raw {
         specs.retain(|spec| spec.name != "size");
         specs.push(&FILE[0]);
     }
@@ -350,6 +300,7 @@ pub fn help(format: Creatable, with_file: bool) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::creation::{qcow2, raw};
 
     fn list(text: &str) -> OptionList {
         let mut list = OptionList::default();
@@ -373,7 +324,7 @@ mod tests {
     fn lists_are_joined() {
         let mut twice = list("size=1M,cluster_size=1k");
         twice.add("cluster_size=2k").unwrap();
-        let options = Options::parse(Creatable::Qcow2, &twice).unwrap();
+        let options = Options::parse(&qcow2::QCOW2, &twice).unwrap();
         assert_eq!(options.number("cluster_size"), Some(2048));
         for bad in ["", ",", "a,", ",a"] {
             assert_eq!(OptionList::default().add(bad).unwrap_err(), format!("Invalid option list: {bad}"));
@@ -383,19 +334,16 @@ mod tests {
 
     #[test]
     fn messages() {
-        assert_eq!(error(Creatable::Qcow2, "nosuch=1"), "Invalid parameter 'nosuch'");
-        assert_eq!(error(Creatable::Raw, "cluster_size=3"), "Invalid parameter 'cluster_size'");
-        assert_eq!(error(Creatable::Qcow2, "lazy_refcounts=maybe"), "Parameter 'lazy_refcounts' expects 'on' or 'off'");
-        assert_eq!(error(Creatable::Qcow2, "refcount_bits=4k"), "Parameter 'refcount_bits' expects a number");
+        assert_eq!(error(&qcow2::QCOW2, "nosuch=1"), "Invalid parameter 'nosuch'");
+        assert_eq!(error(&raw::RAW, "cluster_size=3"), "Invalid parameter 'cluster_size'");
+        assert_eq!(error(&qcow2::QCOW2, "lazy_refcounts=maybe"), "Parameter 'lazy_refcounts' expects 'on' or 'off'");
+        assert_eq!(error(&qcow2::QCOW2, "refcount_bits=4k"), "Parameter 'refcount_bits' expects a number");
         assert_eq!(
-            error(Creatable::Qcow2, "refcount_bits=99999999999999999999"),
+            error(&qcow2::QCOW2, "refcount_bits=99999999999999999999"),
             "Value '99999999999999999999' is too large for parameter 'refcount_bits'"
         );
-        assert_eq!(
-            error(Creatable::Qcow2, "cluster_size=-5"),
-            "Value '-5' is out of range for parameter 'cluster_size'"
-        );
-        assert!(error(Creatable::Raw, "size=10Mx").starts_with(
+        assert_eq!(error(&qcow2::QCOW2, "cluster_size=-5"), "Value '-5' is out of range for parameter 'cluster_size'");
+        assert!(error(&raw::RAW, "size=10Mx").starts_with(
             "Parameter 'size' expects a non-negative number below 2^64\nOptional suffix k, M, G, T, P or E means"
         ));
     }
@@ -403,14 +351,14 @@ mod tests {
     #[test]
     fn formatting() {
         let mut options =
-            Options::parse(Creatable::Qcow2, &list("compat=v3,lazy_refcounts=yes,backing_file=a,,b")).unwrap();
+            Options::parse(&qcow2::QCOW2, &list("compat=v3,lazy_refcounts=yes,backing_file=a,,b")).unwrap();
         options.set_size(1 << 20);
         assert_eq!(
             options.formatting_line("n.q"),
             "Formatting 'n.q', fmt=qcow2 cluster_size=65536 extended_l2=off compression_type=zlib size=1048576 compat=v3 \
              backing_file=a,,b lazy_refcounts=yes refcount_bits=16\n"
         );
-        let options = Options::parse(Creatable::Raw, &list("size=10E,preallocation=full,nocow=on")).unwrap();
+        let options = Options::parse(&raw::RAW, &list("size=10E,preallocation=full,nocow=on")).unwrap();
         assert_eq!(
             options.formatting_line("n"),
             "Formatting 'n', fmt=raw size=-6917529027641081856 nocow=on preallocation=full\n"
@@ -419,19 +367,19 @@ mod tests {
 
     #[test]
     fn bare_words_switch() {
-        let options = Options::parse(Creatable::Qcow2, &list("lazy_refcounts,noextended_l2")).unwrap();
+        let options = Options::parse(&qcow2::QCOW2, &list("lazy_refcounts,noextended_l2")).unwrap();
         assert_eq!((options.switch("lazy_refcounts"), options.switch("extended_l2")), (Some(true), Some(false)));
     }
 
     #[test]
     fn help_texts() {
-        let text = help(Creatable::Raw, true);
+        let text = help(&raw::RAW, true);
         assert_eq!(
             text,
             "Supported options:\n  extent_size_hint=<size> - Extent size hint for the image file, 0 to disable\n  \
              nocow=<bool (on/off)>  - Turn off copy-on-write (valid only on btrfs)\n  preallocation=<str>    - \
              Preallocation mode (allowed values: off, falloc, full)\n  size=<size>            - Virtual disk size\n"
         );
-        assert!(help(Creatable::Qcow2, false).ends_with("\nSpecify the target filename to include those options.\n"));
+        assert!(help(&qcow2::QCOW2, false).ends_with("\nSpecify the target filename to include those options.\n"));
     }
 }

@@ -10,18 +10,19 @@ use instar_guest_protocol::message::{
 
 use super::{CommandLine, Objects, Settings};
 use crate::args::{Key, Opt};
+use crate::creation::{self, creatable};
 use crate::files::{Access, Files, Refusal};
 use crate::formats;
 use crate::image_opts::ImageSpec;
 use crate::lock::Purpose;
 use crate::open::{Opened, join_name};
-use crate::options::{self, Creatable, OptionList, Options, split};
+use crate::options::{self, OptionList, Options, split};
 use crate::output::progress::ProgressLine;
 use crate::problem::Problem;
 use crate::program::{Fail, Outcome, Program, print};
 use crate::sandbox::{self, Granted, Host, Limits, Machine, Vm, Work};
 use crate::size;
-use crate::target::{Layout, NewTarget, creatable, open_existing};
+use crate::target::{NewTarget, open_existing};
 use crate::{guest, messages};
 
 /// qemu-img's options, in getopt's order.
@@ -355,7 +356,7 @@ impl Plan {
         if let Some(mode) = arguments.target_cache.as_deref().filter(|mode| !is_cache_mode(mode)) {
             return Err(Problem::new(format!("Invalid cache option: {mode}")));
         }
-        if arguments.compress && plan.format != Format::Qcow2 {
+        if arguments.compress && !creation::find(plan.format).is_some_and(|format| format.compresses) {
             return Err(Problem::new("Compression not supported for this file format"));
         }
         if arguments.bitmaps && plan.format != Format::Qcow2 {
@@ -386,10 +387,7 @@ impl Plan {
     fn of_new(arguments: &Arguments, source_count: usize, target: &str) -> Result<Self, Problem> {
         let name = arguments.target_format();
         let kind = creatable(name)?;
-        let format = match kind {
-            Creatable::Raw => Format::Raw,
-            Creatable::Qcow2 => Format::Qcow2,
-        };
+        let format = kind.format;
         let mut options = Options::parse(kind, &arguments.options)?;
         for (key, value, what) in [
             ("backing_file", &arguments.backing, "Backing file"),
@@ -410,12 +408,12 @@ impl Plan {
         if backing_name.is_some() && options.text("backing_fmt").is_none() {
             return Err(Problem::new("Use of backing file requires explicit backing format"));
         }
-        let layout = Layout::of(kind, &options, &arguments.objects);
-        if arguments.compress && kind == Creatable::Qcow2 {
+        let layout = (kind.layout)(&options, &arguments.objects);
+        if arguments.compress && format == Format::Qcow2 {
             if options.any_with_prefix("encrypt") {
                 return Err(Problem::new("Compression and encryption not supported at the same time"));
             }
-            if layout.preallocation != Preallocation::Off {
+            if layout.wire.preallocation() != Preallocation::Off {
                 return Err(Problem::new("Compression and preallocation not supported at the same time"));
             }
         }
@@ -433,13 +431,7 @@ impl Plan {
             format_name: options.text("backing_fmt").unwrap_or_default().as_bytes().to_vec(),
             image: None,
         });
-        let wire = Target {
-            format: format.into(),
-            existing: false,
-            qcow2: layout.qcow2,
-            preallocation: layout.preallocation.into(),
-            backing: recorded,
-        };
+        let wire = Target { backing: recorded, ..layout.wire };
         let early = layout.early;
         Ok(Self { given: target.to_owned(), format, wire, new: Some(new), early, existing: None, backing })
     }

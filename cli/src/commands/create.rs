@@ -8,17 +8,18 @@ use instar_guest_protocol::message::{
 use super::info::Run;
 use super::{CommandLine, Objects, Settings};
 use crate::args::{Key, Opt};
+use crate::creation::{Creatable, Layout, creatable};
 use crate::files::{Access, Files, Refusal};
 use crate::formats;
 use crate::image_opts::{ImageSpec, driver_format};
 use crate::lock::Purpose;
 use crate::open::{join_name, path_of};
-use crate::options::{self, Creatable, OptionList, Options};
+use crate::options::{self, OptionList, Options};
 use crate::problem::Problem;
 use crate::program::{Fail, Outcome, Program, print};
 use crate::sandbox::{self, Granted, Host, Machine, Vm, Work};
 use crate::size;
-use crate::target::{Layout, NewTarget, creatable};
+use crate::target::NewTarget;
 use crate::{guest, messages};
 
 /// qemu-img's options, in getopt's order.
@@ -98,13 +99,7 @@ fn create(settings: &Settings, arguments: &Arguments, name: &str, size: Option<u
     let mut machine = Vm::spawn(guest::CREATE, &settings.limits, Work::Metadata)?;
     let mut files = Files::new(settings.confinement()?);
     let backing = creation.backing.as_ref().map(|backing| backing.grant(&mut files, &mut machine)).transpose()?;
-    let target = Target {
-        format: creation.format().into(),
-        existing: false,
-        qcow2: creation.layout.qcow2.clone(),
-        preallocation: creation.layout.preallocation.into(),
-        backing,
-    };
+    let target = Target { backing, ..creation.layout.wire.clone() };
     let operation = request::Operation::Create(CreateRequest { target, size: creation.size });
     let format = creation.format();
     let mut host = CreateHost { files, target: NewTarget::new(name, &creation.layout)?, creation };
@@ -169,15 +164,12 @@ impl Creation {
         if size.is_none() && backing.as_ref().is_none_or(|backing| backing.image.is_none()) {
             return Err(Problem::new("Image creation needs a size parameter"));
         }
-        let layout = Layout::of(kind, &options, &arguments.objects);
+        let layout = (kind.layout)(&options, &arguments.objects);
         Ok(Self { kind, options, layout, size, backing, quiet: arguments.quiet })
     }
 
     fn format(&self) -> Format {
-        match self.kind {
-            Creatable::Raw => Format::Raw,
-            Creatable::Qcow2 => Format::Qcow2,
-        }
+        self.kind.format
     }
 
     /// `Formatting …`, now that the size is known.

@@ -1,0 +1,133 @@
+//! Formats that can be created: their options, and what these mean to the guest. One file for each format.
+
+pub mod qcow2;
+pub mod raw;
+
+use instar_guest_protocol::message::{Format, Preallocation, Target};
+
+use crate::commands::Objects;
+use crate::formats::{self, Driver};
+use crate::messages;
+use crate::options::{Options, Spec};
+use crate::problem::Problem;
+
+/// All of them.
+static FORMATS: [Creatable; 2] = [&raw::RAW, &qcow2::QCOW2];
+
+/// A format that can be created, and how.
+#[derive(Debug)]
+pub struct CreatableFormat {
+    /// The format.
+    pub format: Format,
+    /// Its own `-o` options, in the order in which the `Formatting` line has them.
+    pub options: &'static [Spec],
+    /// Interprets options.
+    pub layout: fn(&Options, &Objects) -> Layout,
+    /// `convert -c` stores it compressed.
+    pub compresses: bool,
+}
+
+/// One of the [`FORMATS`].
+pub type Creatable = &'static CreatableFormat;
+
+impl CreatableFormat {
+    /// Its driver name.
+    pub fn name(&self) -> &'static str {
+        formats::name(self.format)
+    }
+}
+
+/// The format that `-f` of create and `-O` of convert name.
+///
+/// # Errors
+/// An unknown format, one that can't be created, or one that this version does not write.
+pub fn creatable(name: &str) -> Result<Creatable, Problem> {
+    match formats::driver(name) {
+        Some(Driver::Provided(format) | Driver::Known(format)) => match find(format) {
+            Some(found) => Ok(found),
+            None if format == Format::File => {
+                Err(Problem::new(format!("The driver '{name}' is not provided by this version")))
+            }
+            None if formats::can_be_created(format) => Err(Problem::new(messages::not_provided(format))),
+            None => Err(Problem::new(format!("Format driver '{name}' does not support image creation"))),
+        },
+        Some(_) => Err(Problem::new(format!("The driver '{name}' is not provided by this version"))),
+        None => Err(Problem::new(format!("Unknown file format '{name}'"))),
+    }
+}
+
+/// The format, if it can be created.
+pub fn find(format: Format) -> Option<Creatable> {
+    FORMATS.into_iter().find(|creatable| creatable.format == format)
+}
+
+/// What creation options mean to the guest, and what is wrong with them.
+#[derive(Clone, Debug, Default)]
+pub struct Layout {
+    /// What the guest is told, [`Target::backing`] excepted.
+    pub wire: Target,
+    /// Told before the file is made.
+    pub early: Option<Problem>,
+    /// Told once the file is made, as qemu-img does.
+    pub late: Option<Problem>,
+    /// The external data file to be made.
+    pub data_file: Option<String>,
+}
+
+/// Is it negative, as qemu-img takes it?
+fn is_negative(size: u64) -> bool {
+    size > i64::MAX as u64
+}
+
+/// The mode of that name.
+fn preallocation(word: &str) -> Option<Preallocation> {
+    Some(match word {
+        "off" => Preallocation::Off,
+        "metadata" => Preallocation::Metadata,
+        "falloc" => Preallocation::Falloc,
+        "full" => Preallocation::Full,
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::options::OptionList;
+
+    fn late(format: Creatable, text: &str) -> String {
+        let mut list = OptionList::default();
+        list.add(text).unwrap();
+        let options = Options::parse(format, &list).unwrap();
+        let layout = (format.layout)(&options, &Objects::default());
+        layout.late.or(layout.early).map(|problem| problem.to_string()).unwrap_or_default()
+    }
+
+    #[test]
+    fn complaints_about_values() {
+        for (text, want) in [
+            ("compat=7", "Parameter 'version' does not accept value '7'"),
+            ("preallocation=foo", "Parameter 'preallocation' does not accept value 'foo'"),
+            ("compression_type=foo", "Parameter 'compression-type' does not accept value 'foo'"),
+            ("backing_fmt=foo", "Parameter 'backing-fmt' does not accept value 'foo'"),
+            ("backing_fmt=raw", "Backing format cannot be used without backing file"),
+            ("encrypt.format=foo", "Parameter 'format' does not accept value 'foo'"),
+            ("encryption=on", "Parameter 'encrypt.key-secret' is required for cipher"),
+            ("encrypt.format=luks,encrypt.key-secret=s", "No secret with id 's'"),
+            ("size=10E", "Could not resize image: Image size cannot be negative"),
+            ("compat=v2,compression_type=zlib,preallocation=full", ""),
+        ] {
+            assert_eq!(late(&qcow2::QCOW2, text), want, "{text}");
+        }
+        assert_eq!(late(&raw::RAW, "preallocation=bar"), "invalid parameter value: bar");
+        assert_eq!(late(&raw::RAW, "preallocation=metadata"), "Unsupported preallocation mode: metadata");
+    }
+
+    #[test]
+    fn formats() {
+        let error = |name| creatable(name).unwrap_err().to_string();
+        assert_eq!(error("nosuch"), "Unknown file format 'nosuch'");
+        assert_eq!(error("dmg"), "Format driver 'dmg' does not support image creation");
+        assert!(error("vmdk").contains("not provided"));
+    }
+}
