@@ -10,9 +10,20 @@ pub struct Opt {
     /// Long spelling, without the dashes.
     pub long: Option<&'static str>,
     /// Takes an argument.
-    pub argument: bool,
+    pub argument: Argument,
     /// The long spelling may be abbreviated.
     pub abbreviable: bool,
+}
+
+/// Does an option take an argument?
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Argument {
+    /// It takes none.
+    None,
+    /// It needs one.
+    Required,
+    /// It takes one behind an equals sign.
+    Optional,
 }
 
 /// The meaning of an option.
@@ -55,38 +66,48 @@ pub enum Key {
     Timeout,
     DebugGuest,
     IgnoreQuirks,
+    UnsafeQuirks,
+    RequireKnownRaw,
+    QemuVersion,
+    Stats,
+    ProgressForm,
     Chain,
     Safety,
 }
 
 impl Opt {
-    const fn new(key: Key, short: Option<u8>, long: Option<&'static str>, argument: bool) -> Self {
+    const fn new(key: Key, short: Option<u8>, long: Option<&'static str>, argument: Argument) -> Self {
         Self { key, short, long, argument, abbreviable: true }
     }
 
     /// `-x`, `--long`.
     pub const fn flag(key: Key, short: u8, long: &'static str) -> Self {
-        Self::new(key, Some(short), Some(long), false)
+        Self::new(key, Some(short), Some(long), Argument::None)
     }
 
     /// `-x ARG`, `--long ARG`.
     pub const fn value(key: Key, short: u8, long: &'static str) -> Self {
-        Self::new(key, Some(short), Some(long), true)
+        Self::new(key, Some(short), Some(long), Argument::Required)
     }
 
     /// `--long`.
     pub const fn long_flag(key: Key, long: &'static str) -> Self {
-        Self::new(key, None, Some(long), false)
+        Self::new(key, None, Some(long), Argument::None)
     }
 
     /// `--long ARG`.
     pub const fn long_value(key: Key, long: &'static str) -> Self {
-        Self::new(key, None, Some(long), true)
+        Self::new(key, None, Some(long), Argument::Required)
+    }
+
+    /// `--long`, `--long=ARG`.
+    pub const fn long_optional(key: Key, long: &'static str) -> Self {
+        Self::new(key, None, Some(long), Argument::Optional)
     }
 
     /// `-x`.
     pub const fn short_flag(key: Key, short: u8) -> Self {
-        Self::new(key, Some(short), None, false)
+        Self::new(key, Some(short), None, Argument::None)
     }
 
     /// An option that qemu-img does not have: it must be spelled out, so that it makes no abbreviation ambiguous.
@@ -160,7 +181,7 @@ fn parse_long<'a>(table: &[Opt], text: &str, rest: &mut impl Iterator<Item = &'a
         None => (text, None),
     };
     let fail = |complaint: String| Err((Vec::new(), complaint));
-    let opt = match find_long(table, name) {
+    let opt = match find_long(table, name, glued.is_some()) {
         LongMatch::One(opt) => opt,
         LongMatch::None => return fail(format!("unrecognized option '--{name}'")),
         LongMatch::Several(names) => {
@@ -170,10 +191,10 @@ fn parse_long<'a>(table: &[Opt], text: &str, rest: &mut impl Iterator<Item = &'a
     };
     let long = opt.long.unwrap_or_default();
     match (opt.argument, glued) {
-        (false, Some(_)) => fail(format!("option '--{long}' doesn't allow an argument")),
-        (false, None) => Ok((opt.key, None)),
-        (true, Some(value)) => Ok((opt.key, Some(value.to_owned()))),
-        (true, None) => match rest.next() {
+        (Argument::None, Some(_)) => fail(format!("option '--{long}' doesn't allow an argument")),
+        (Argument::None | Argument::Optional, None) => Ok((opt.key, None)),
+        (Argument::Required | Argument::Optional, Some(value)) => Ok((opt.key, Some(value.to_owned()))),
+        (Argument::Required, None) => match rest.next() {
             Some(value) => Ok((opt.key, Some(value.clone()))),
             None => fail(format!("option '--{long}' requires an argument")),
         },
@@ -186,10 +207,13 @@ enum LongMatch<'t> {
     Several(Vec<&'static str>),
 }
 
-fn find_long<'t>(table: &'t [Opt], name: &str) -> LongMatch<'t> {
+/// `glued`: an argument is there. Where two options have the name, it goes to the one that takes it.
+fn find_long<'t>(table: &'t [Opt], name: &str, glued: bool) -> LongMatch<'t> {
     let with_long = || table.iter().filter_map(|opt| opt.long.map(|long| (opt, long)));
-    if let Some((exact, _)) = with_long().find(|(_, long)| *long == name) {
-        return LongMatch::One(exact);
+    let mut exact = with_long().filter(|(_, long)| *long == name).map(|(opt, _)| opt);
+    if let Some(first) = exact.next() {
+        let takes = |opt: &&Opt| opt.argument != Argument::None;
+        return LongMatch::One(if glued && !takes(&first) { exact.find(takes).unwrap_or(first) } else { first });
     }
     let candidates: Vec<(&Opt, &'static str)> =
         with_long().filter(|(opt, long)| opt.abbreviable && long.starts_with(name)).collect();
@@ -206,7 +230,7 @@ fn parse_short<'a>(table: &[Opt], cluster: &str, rest: &mut impl Iterator<Item =
         let opt = table.iter().find(|opt| opt.short.is_some_and(|short| char::from(short) == letter));
         match opt {
             None => return Err((found, format!("invalid option -- '{letter}'"))),
-            Some(opt) if !opt.argument => found.push((opt.key, None)),
+            Some(opt) if opt.argument == Argument::None => found.push((opt.key, None)),
             Some(opt) => {
                 let glued = &cluster[at + letter.len_utf8()..];
                 let value = match glued.is_empty() {
@@ -283,6 +307,16 @@ mod tests {
         assert_eq!(run(&["--out", "json"]).options, [(Key::Output, Some("json".to_owned()))]);
         assert_eq!(run(&["--outer-safety"]).options, [(Key::Safety, None)]);
         assert_eq!(complaint(&["--oute"]), "unrecognized option '--oute'");
+    }
+
+    #[test]
+    fn a_name_may_be_shared_by_a_flag_and_an_optional_argument() {
+        let table = [Opt::flag(Key::Progress, b'p', "progress"), Opt::long_optional(Key::ProgressForm, "progress")];
+        let found = |arg: &str| parse(&table, &[arg.to_owned()], Operands::Anywhere).options;
+        assert_eq!(found("--progress"), [(Key::Progress, None)]);
+        assert_eq!(found("--progress=bar"), [(Key::ProgressForm, Some("bar".to_owned()))]);
+        let found = |arg: &str| parse(&table[1..], &[arg.to_owned()], Operands::Anywhere).options;
+        assert_eq!(found("--progress"), [(Key::ProgressForm, None)]);
     }
 
     #[test]

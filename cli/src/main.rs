@@ -11,6 +11,7 @@ mod args;
 mod chain;
 mod cleanup;
 mod commands;
+mod config;
 mod confine;
 mod creation;
 mod files;
@@ -26,14 +27,17 @@ mod problem;
 mod program;
 mod safety;
 mod sandbox;
+mod settings;
 mod size;
 mod target;
+mod version;
 
 use std::process::ExitCode;
 
 use args::{Key, Operands, Opt};
 use commands::Settings;
 use program::{Fail, Outcome, Program, print};
+use version::QemuVersion;
 
 /// Options before the command.
 const OPTIONS: &[Opt] = &[
@@ -62,7 +66,10 @@ fn main() -> ExitCode {
 
 /// Runs the program; also tells the command, once it is known to be one.
 fn run(program: &Program, args: &[String]) -> (Outcome, Option<String>) {
-    let mut settings = Settings::from_environment();
+    let mut settings = match Settings::load(program) {
+        Ok(settings) => settings,
+        Err(problem) => return (Err(problem.into()), None),
+    };
     let mut table = OPTIONS.to_vec();
     if !program.is_qemu_img() {
         table.extend_from_slice(commands::OWN);
@@ -70,8 +77,8 @@ fn run(program: &Program, args: &[String]) -> (Outcome, Option<String>) {
     let parsed = args::parse(&table, args, Operands::EndOptions);
     for found in &parsed.options {
         match found {
-            (Key::Help, _) => return (print(&help(program)), None),
-            (Key::Version, _) => return (print(&version(program)), None),
+            (Key::Help, _) => return (print(&help(program, settings.qemu_version)), None),
+            (Key::Version, _) => return (print(&version(program, settings.qemu_version)), None),
             (Key::Trace, pattern) => {
                 let pattern = pattern.as_deref().unwrap_or_default();
                 program.warn(&format!("trace event '{pattern}' does not exist"));
@@ -95,19 +102,23 @@ fn run(program: &Program, args: &[String]) -> (Outcome, Option<String>) {
     }
 }
 
-fn version(program: &Program) -> String {
+fn version(program: &Program, qemu: QemuVersion) -> String {
+    let known = qemu == QemuVersion::default();
     match program.is_qemu_img() {
-        true => QEMU_IMG_VERSION.to_owned(),
+        true if known => QEMU_IMG_VERSION.to_owned(),
+        // Callers read the number, to know what to expect.
+        true => format!("qemu-img version {qemu}.0\n"),
         false => format!(
-            "instar version {} (does as qemu-img 10.0.2 does)\nCopyright (c) the instar developers\n",
-            env!("CARGO_PKG_VERSION")
+            "instar version {} (does as qemu-img {} does)\nCopyright (c) the instar developers\n",
+            env!("CARGO_PKG_VERSION"),
+            if known { "10.0.2".to_owned() } else { qemu.to_string() },
         ),
     }
 }
 
-fn help(program: &Program) -> String {
+fn help(program: &Program, qemu: QemuVersion) -> String {
     match program.is_qemu_img() {
         true => include_str!("commands/help/qemu-img.txt").to_owned(),
-        false => format!("{}{}", version(program), include_str!("commands/help/instar.txt")),
+        false => format!("{}{}", version(program, qemu), include_str!("commands/help/instar.txt")),
     }
 }

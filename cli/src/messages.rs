@@ -39,6 +39,11 @@ pub fn open_failure(failure: &Failure) -> Problem {
                 .with_hint("You can force-remove this extra metadata with qemu-img check -r all");
         }
         Cause::InvalidField => field(failure),
+        Cause::Unrecognised => {
+            "The file has no known header, partition table or file system, and --require-known-raw forbids to \
+                                take it for raw (give the format with -f raw)"
+                .to_owned()
+        }
         Cause::MarkedDirty => "The image was not closed cleanly; it can't be written before it is repaired".to_owned(),
         Cause::MarkedCorrupt => "qcow2: Image is corrupt; cannot be opened read/write".to_owned(),
         Cause::Encrypted => "Parameter 'encrypt.key-secret' is required for cipher".to_owned(),

@@ -8,6 +8,7 @@ use instar_vmm::{Error, Event, Sandbox, Settings};
 use prost::Message;
 
 use crate::guest::Guest;
+use crate::output::stats;
 use crate::problem::{Problem, printable};
 
 pub use instar_vmm::Granted;
@@ -23,11 +24,22 @@ pub struct Limits {
     pub threads: Option<u32>,
     /// Tell about the inside of a crash.
     pub debug: bool,
+    /// Print what each run did.
+    pub stats: Option<StatsForm>,
+}
+
+/// In which form the statistics of a run are printed, on standard error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StatsForm {
+    /// Lines for people.
+    Human,
+    /// One line of JSON.
+    Json,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { memory: 256 << 20, timeout: None, threads: None, debug: false }
+        Self { memory: 256 << 20, timeout: None, threads: None, debug: false, stats: None }
     }
 }
 
@@ -96,6 +108,7 @@ pub struct Incoming {
 pub struct Vm {
     sandbox: Sandbox,
     guest: Guest,
+    stats: Option<StatsForm>,
 }
 
 impl Vm {
@@ -105,7 +118,7 @@ impl Vm {
     /// The process could not be started.
     pub fn spawn(guest: Guest, limits: &Limits, work: Work) -> Result<Self, Problem> {
         let sandbox = Sandbox::spawn(guest.program, &limits.settings(work)).map_err(|error| problem(&error, guest))?;
-        Ok(Self { sandbox, guest })
+        Ok(Self { sandbox, guest, stats: limits.stats })
     }
 
     fn problem(&self, error: &Error) -> Problem {
@@ -125,7 +138,12 @@ impl Machine for Vm {
     fn next_message(&mut self) -> Result<Option<Incoming>, Problem> {
         match self.sandbox.next_event() {
             Ok(Event::Message { bytes, expects_answer }) => Ok(Some(Incoming { bytes, expects_answer })),
-            Ok(Event::Exited(_)) => Ok(None),
+            Ok(Event::Exited(report)) => {
+                if let Some(form) = self.stats {
+                    stats::print(&report, form);
+                }
+                Ok(None)
+            }
             Err(error) => Err(self.problem(&error)),
         }
     }

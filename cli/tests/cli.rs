@@ -510,3 +510,91 @@ fn without_kvm_the_way_out_is_told() {
     assert!(refusal.contains("/dev/kvm") && refusal.contains("group kvm"), "{refusal}");
     assert_eq!(output.stdout, b"");
 }
+
+/// A run with a configuration file of its own.
+fn configured(dir: &Path, config: &str, args: &[&str]) -> Output {
+    fs::write(dir.join("config.toml"), config).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_instar"));
+    command.current_dir(dir).env("INSTAR_CONFIG", dir.join("config.toml")).args(args).output().unwrap()
+}
+
+#[test]
+fn the_configuration_is_read_and_the_command_line_wins() {
+    if !can_run(false) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("noise"), [0x5a; 4096]).unwrap();
+    let json = configured(dir.path(), "output = \"json\"\n", &["info", "noise"]);
+    assert!(stdout(&json).starts_with('{'), "{}", stderr(&json));
+    let human = configured(dir.path(), "output = \"json\"\n", &["info", "--output=human", "noise"]);
+    assert!(stdout(&human).starts_with("image: noise\n"));
+    let old = configured(dir.path(), "qemu-version = \"7.2\"\n", &["info", "noise"]);
+    assert!(stdout(&human).contains("Child node") && !stdout(&old).contains("Child node"));
+
+    let refused = configured(dir.path(), "require-known-raw = true\n", &["info", "noise"]);
+    assert!(expect_refusal(&refused, "noise").contains("-f raw"));
+    assert!(configured(dir.path(), "require-known-raw = true\n", &["info", "-f", "raw", "noise"]).status.success());
+
+    let wrong = configured(dir.path(), "threads = 2\nspeed = 3\n", &["info", "noise"]);
+    let message = expect_refusal(&wrong, "speed");
+    assert!(message.contains("config.toml, line 2"), "{message}");
+    let mut missing = Command::new(env!("CARGO_BIN_EXE_instar"));
+    let missing = missing.env("INSTAR_CONFIG", dir.path().join("nowhere")).arg("--version").output().unwrap();
+    assert!(expect_refusal(&missing, "nowhere").contains("No such file or directory"));
+}
+
+#[test]
+fn unsafe_quirks_open_what_images_name() {
+    if !can_run(false) {
+        return;
+    }
+    let place = Place::new();
+    place.overlay("out.qcow2", "../secret.raw");
+    let args = ["info", "--backing-chain", "out.qcow2"];
+    expect_refusal(&instar(&place.home(), &args), "--allow-dir");
+    let unsafe_args = ["info", "--backing-chain", "--unsafe-quirks", "out.qcow2"];
+    let output = instar(&place.home(), &unsafe_args);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(stdout(&output).contains("image: ../secret.raw"), "{}", stdout(&output));
+}
+
+#[test]
+fn statistics_are_told_on_standard_error() {
+    if !can_run(false) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("a.raw"), vec![7; 3 << 20]).unwrap();
+    let output = instar(dir.path(), &["convert", "--stats=json", "-f", "raw", "-O", "raw", "a.raw", "b.raw"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(stdout(&output), "");
+    let stats: serde_json::Value = serde_json::from_str(&stderr(&output)).expect("one line of JSON");
+    assert_eq!(stats["files"][0]["copied-from"]["bytes"], 3 << 20);
+    assert_eq!(stats["files"][1]["copied-to"]["bytes"], 3 << 20);
+    assert!(stats["doorbells"]["kicks"].as_u64() >= Some(1) && stats["peak-memory"].as_u64() > Some(0));
+    let output = instar(dir.path(), &["info", "--stats", "a.raw"]);
+    assert!(stderr(&output).contains("exits ("), "{}", stderr(&output));
+    assert!(expect_refusal(&instar(dir.path(), &["info", "--stats=xml", "a.raw"]), "xml").contains("--stats"));
+}
+
+#[test]
+fn progress_as_a_bar_and_on_a_signal() {
+    if !can_run(true) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("a.raw"), vec![7; 8 << 20]).unwrap();
+    let output = instar(dir.path(), &["convert", "--progress=bar", "-f", "raw", "-O", "raw", "a.raw", "b.raw"]);
+    assert!(output.status.success() && stdout(&output).is_empty());
+    assert!(stderr(&output).contains("] 100 %"), "{}", stderr(&output));
+    // A signal does not end the conversion; once some way is done, it makes it tell how far.
+    let mut child = slow_conversion(dir.path());
+    std::thread::sleep(Duration::from_millis(300));
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::USR1).unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(child.try_wait().unwrap(), None, "the signal ended the program");
+    child.kill().unwrap();
+    child.wait().unwrap();
+}

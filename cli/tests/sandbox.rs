@@ -150,7 +150,7 @@ fn serve(setup: &Setup<'_>, calls: &mut Vec<call::Kind>, reply: &mut Option<repl
     loop {
         let (bytes, expects_answer) = match sandbox.next_event()? {
             Event::Message { bytes, expects_answer } => (bytes, expects_answer),
-            Event::Exited(stats) => return Ok(*stats),
+            Event::Exited(report) => return Ok(report.stats),
         };
         let call = Call::decode(&bytes[..]).expect("a call").kind.expect("a kind of call");
         let answer = match &call {

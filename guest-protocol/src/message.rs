@@ -46,6 +46,13 @@ pub struct Source {
     /// Tables and data behind the end of a file are an error, in the image and in its chain; otherwise they read as zero.
     #[prost(bool, tag = "4")]
     pub strict: bool,
+    /// If the format is to be found out: bytes without any known mark (format, partition table, file system) are an error instead
+    /// of raw.
+    #[prost(bool, tag = "5")]
+    pub known_only: bool,
+    /// A backing file without a recorded format is followed even if it refers to further files.
+    #[prost(bool, tag = "6")]
+    pub follow_probed: bool,
 }
 
 /// Names an internal snapshot. Empty fields do not restrict.
@@ -527,6 +534,8 @@ pub enum Cause {
     UnknownBackingFormat = 30,
     /// Not closed cleanly, and to be written.
     MarkedDirty = 31,
+    /// No known mark, and [`Source::known_only`].
+    Unrecognised = 32,
 }
 
 /// Header fields and tables of qcow2 named by [`Cause::InvalidField`].

@@ -50,7 +50,14 @@ fn assert_same<T: Message + Default + PartialEq + Debug>(pool: &DescriptorPool, 
 
 fn source() -> m::Source {
     let selector = m::SnapshotSelector { id: b"1".to_vec(), name: b"first".to_vec(), id_or_name: b"either".to_vec() };
-    m::Source { device: 3, format: m::Format::Qcow2.into(), snapshot: Some(selector), strict: true }
+    m::Source {
+        device: 3,
+        format: m::Format::Qcow2.into(),
+        snapshot: Some(selector),
+        strict: true,
+        known_only: true,
+        follow_probed: true,
+    }
 }
 
 fn target() -> m::Target {

@@ -7,7 +7,7 @@ use instar_blockio::{FileId, Layer, MemBlock, Overlay};
 use instar_guest_protocol::limits::MAX_CHAIN_DEPTH;
 use instar_guest_protocol::message::{Cause, Failure, FileRole, Format, OpenFile, Source, Step};
 
-use crate::formats::{OpenImage, open_image};
+use crate::formats::{OpenImage, open_image, open_named};
 use crate::ops::failure::about;
 use crate::platform::Platform;
 
@@ -20,8 +20,8 @@ use crate::platform::Platform;
 /// The first image of the chain that can't be opened; a chain longer than [`MAX_CHAIN_DEPTH`].
 pub fn open_source<P: Platform>(platform: &P, source: &Source, top_only: bool) -> Result<Box<dyn Layer>, Failure> {
     let mut device = source.device;
-    let how = Opening { parts: true, strict: source.strict };
-    let mut image = open_image(platform, device, source.format(), how.strict)?;
+    let how = Opening::of(source, true);
+    let mut image = open_named(platform, source)?;
     image.open_parts(platform)?;
     if let Some(selector) = &source.snapshot {
         image.select_snapshot(selector)?;
@@ -62,6 +62,15 @@ pub(crate) struct Opening {
     pub parts: bool,
     /// See [`Source::strict`].
     pub strict: bool,
+    /// See [`Source::follow_probed`].
+    pub follow_probed: bool,
+}
+
+impl Opening {
+    /// As the user wants it for this image.
+    pub(crate) fn of(source: &Source, parts: bool) -> Self {
+        Self { parts, strict: source.strict, follow_probed: source.follow_probed }
+    }
 }
 
 /// The image below another, and its device.
@@ -82,7 +91,7 @@ pub(crate) fn open_backing<P: Platform>(
     let below = request_first(platform, device, &backing.names, recorded)?;
     // Judged and used is one opening: what is probed again might look different.
     let mut found = open_image(platform, below, recorded, how.strict)?;
-    if recorded == Format::Unknown && !found.references().is_empty() {
+    if recorded == Format::Unknown && !how.follow_probed && !found.references().is_empty() {
         return Err(about(Step::Open, FileId(below), Cause::BackingFormatNeeded));
     }
     image.check_backing(&*found)?;

@@ -61,7 +61,7 @@ fn opener(dir: &Path, target: &str) -> impl FnMut(&OpenFile) -> Option<File> + S
 
 fn source(host: &Host, dir: &Path, name: &str, format: Format) -> Source {
     let device = host.grant(File::open(dir.join(name)).unwrap(), DeviceFlags::empty()).unwrap();
-    Source { device, format: format.into(), snapshot: None, strict: false }
+    Source { device, format: format.into(), ..Source::default() }
 }
 
 fn convert(host: &Host, request: ConvertRequest) -> Result<ConvertReply, Failure> {

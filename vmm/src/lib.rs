@@ -46,8 +46,9 @@ pub use config::Settings;
 pub use elf::ElfError;
 pub use error::{Error, KvmStep, Misbehaviour, Registers};
 pub use instar_guest_protocol::boot::DeviceFlags;
+pub use instar_guest_protocol::ring::RequestKind;
 pub use sandbox::{Event, Granted, Sandbox};
-pub use stats::{Phases, Stats, Traffic};
+pub use stats::{DeviceTraffic, Phases, Report, Stats, Traffic, Usage};
 
 /// The example of the README.
 #[cfg(doctest)]

@@ -18,6 +18,7 @@ use crate::jail::process;
 use crate::layout::{Layout, TASK_STATE};
 use crate::memory::GuestMemory;
 use crate::paging;
+use crate::rawio;
 use crate::stats::Phases;
 use crate::virtio::{Device, DeviceTable};
 use crate::vm::{HostPort, Machine, kvm_failure};
@@ -66,9 +67,10 @@ pub fn run(plan: Plan, channel: Channel) -> Infallible {
     phases.entered = machine.now();
     match machine.run(0, vcpu) {
         Ok(0) => {
-            let floor = machine.close();
-            let stats = machine.counters.sums(machine.phases(phases));
-            host.deliver(&Header::new(Kind::Exited, stats.as_bytes().len()), stats.as_bytes());
+            let (floor, devices) = machine.close();
+            let stats = machine.counters.sums(machine.phases(phases), rawio::usage());
+            let body = [stats.as_bytes(), devices.as_bytes()].concat();
+            host.deliver(&Header::new(Kind::Exited, body.len()), &body);
             std::mem::forget(floor);
             process::exit(STATUS_REPORTED)
         }

@@ -1,10 +1,30 @@
-//! System calls that need raw pointers: vectored I/O straight into guest memory, and three ioctls.
+//! System calls that need raw pointers: vectored I/O straight into guest memory, three ioctls, and what the process used.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use rustix::io::Errno;
 use rustix::ioctl::{Getter, Setter, ioctl, opcode};
 use vm_memory::VolatileSlice;
+
+use crate::stats::Usage;
+
+/// What this process used so far.
+pub fn usage() -> Usage {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: the pointer is to a structure of the type that the call fills in, and an all-zero one is valid if it fails.
+    let usage = unsafe {
+        libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr());
+        usage.assume_init()
+    };
+    let nanoseconds =
+        |time: libc::timeval| time.tv_sec.unsigned_abs() * 1_000_000_000 + time.tv_usec.unsigned_abs() * 1000;
+    Usage {
+        user: nanoseconds(usage.ru_utime),
+        system: nanoseconds(usage.ru_stime),
+        peak_memory: usage.ru_maxrss.unsigned_abs() * 1024,
+        page_faults: usage.ru_minflt.unsigned_abs(),
+    }
+}
 
 /// Scattered guest memory that one request reads into or writes from.
 #[derive(Debug, Default)]

@@ -17,7 +17,7 @@ use crate::jail::process::{self, Process};
 use crate::layout::Layout;
 use crate::monitor::{self, Plan};
 use crate::rawio;
-use crate::stats::Stats;
+use crate::stats::{DeviceTraffic, Report, Stats};
 use crate::watchdog::{Progress, Watchdog};
 use crate::wire::{Cause, Channel, Failure, Header, Kind, Reason};
 
@@ -64,7 +64,7 @@ pub enum Event {
         expects_answer: bool,
     },
     /// The run is over. Whether it did what it should is in the messages.
-    Exited(Box<Stats>),
+    Exited(Box<Report>),
 }
 
 /// A granted file, as the guest knows it.
@@ -198,7 +198,7 @@ impl Sandbox {
         let (header, _) = channel.receive(patience).map_err(|error| lost(error, process))?;
         let limit = match header.kind() {
             Some(Kind::Message) => MAX_MESSAGE_BYTES,
-            Some(Kind::Exited) => size_of::<Stats>(),
+            Some(Kind::Exited) => size_of::<Stats>() + MAX_DEVICES * size_of::<DeviceTraffic>(),
             Some(Kind::Failed) => size_of::<Failure>() + LOG_BYTES,
             _ => 0,
         };
@@ -215,8 +215,10 @@ impl Sandbox {
                 Ok(Event::Message { bytes: body, expects_answer: room > 0 })
             }
             Some(Kind::Exited) => {
-                let stats = Stats::read_from_bytes(&body).map_err(|_| Error::MonitorLost { status: None })?;
-                Ok(Event::Exited(Box::new(stats)))
+                let lost = Error::MonitorLost { status: None };
+                let Ok((stats, devices)) = Stats::read_from_prefix(&body) else { return Err(lost) };
+                let Ok(devices) = <[DeviceTraffic]>::ref_from_bytes(devices) else { return Err(lost) };
+                Ok(Event::Exited(Box::new(Report { stats, devices: devices.to_vec() })))
             }
             Some(Kind::Failed) => {
                 let (failure, log) =

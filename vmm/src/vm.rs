@@ -17,7 +17,7 @@ use crate::cpu::Cpu;
 use crate::error::{KvmStep, Misbehaviour};
 use crate::layout::{BOOT_PAGE, DEVICES, LOG, Layout, REQUEST};
 use crate::memory::GuestMemory;
-use crate::stats::{Counters, Phases, add};
+use crate::stats::{Counters, DeviceTraffic, Phases, add};
 use crate::virtio::{DeviceTable, Server, offered_words};
 use crate::watchdog::Progress;
 use crate::wire::{Cause, Failure, Reason};
@@ -170,6 +170,9 @@ impl Machine {
         match number {
             port::KICK => {
                 add(&self.counters.kicks, 1);
+                if let Some(kicks) = self.counters.vcpu_kicks.get(index as usize) {
+                    add(kicks, 1);
+                }
                 let _work = self.progress.work();
                 // Held while files are in use, so that the end of the run can wait for that.
                 let devices = self.devices.read().unwrap_or_else(PoisonError::into_inner);
@@ -272,10 +275,12 @@ impl Machine {
     }
 
     /// Ends the run: takes the floor for good and closes all files, after requests that use them are done.
-    pub fn close(&self) -> std::sync::MutexGuard<'_, HostSide> {
+    pub fn close(&self) -> (std::sync::MutexGuard<'_, HostSide>, Vec<DeviceTraffic>) {
         let host = self.host.lock().unwrap_or_else(PoisonError::into_inner);
-        self.close_files();
-        host
+        let mut devices = self.devices.write().unwrap_or_else(PoisonError::into_inner);
+        let traffic = devices.traffic();
+        devices.clear();
+        (host, traffic)
     }
 
     /// Closes all files, after requests that use them are done.

@@ -140,8 +140,8 @@ fn answers_come_back_and_files_may_come_with_them() {
         match sandbox.next_event().unwrap() {
             Event::Message { expects_answer: true, .. } => sandbox.answer(b"").unwrap(),
             Event::Message { bytes, .. } => messages.push(bytes),
-            Event::Exited(stats) => {
-                assert_eq!(stats.calls, 5);
+            Event::Exited(report) => {
+                assert_eq!(report.stats.calls, 5);
                 break;
             }
         }

@@ -219,7 +219,7 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
     if let Some(mode) = arguments.source_cache.as_deref().filter(|mode| !is_cache_mode(mode)) {
         return Err(format!("Invalid source cache option: {mode}").into());
     }
-    let mut progress = ProgressLine::start(arguments.progress && !arguments.quiet);
+    let mut progress = ProgressLine::start(settings.progress(arguments.progress, arguments.quiet));
     let converted = convert(program, &settings, &arguments, sources, target, &mut progress);
     if let Err(fail) = converted {
         // Before the line feed that ends the progress line, as qemu-img does.
@@ -258,8 +258,7 @@ fn convert(
     {
         match files.open_named(&mut machine, spec, arguments.access()) {
             Ok(device) => {
-                let strict = settings.strict;
-                backing.image = Some(Source { device, format: spec.format.into(), snapshot: None, strict });
+                backing.image = Some(settings.source(device, spec.format));
             }
             Err(problem) => late = Some(problem.within("Could not open backing file")),
         }
@@ -269,10 +268,8 @@ fn convert(
             .iter()
             .zip(&devices)
             .map(|(spec, device)| Source {
-                device: *device,
-                format: spec.format.into(),
                 snapshot: arguments.snapshot.clone(),
-                strict: settings.strict,
+                ..settings.source(*device, spec.format)
             })
             .collect(),
         compress: arguments.compress && plan.is_ok(),
@@ -286,7 +283,7 @@ fn convert(
         bitmaps: arguments.bitmaps,
         skip_broken_bitmaps: arguments.skip_broken_bitmaps,
         threads,
-        progress: arguments.progress && !arguments.quiet,
+        progress: progress.is_visible(),
         rate_limit: arguments.rate,
         flush: arguments.flushes(),
     });

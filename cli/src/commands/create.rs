@@ -215,7 +215,7 @@ impl NewBacking {
             Some(image) => {
                 let opened = files.open_named(machine, image, LOOK);
                 let device = opened.map_err(|problem| problem.with_hint(NO_BACKING))?;
-                Some(Source { device, format: image.format.into(), snapshot: None, strict: false })
+                Some(Source { device, format: image.format.into(), ..Source::default() })
             }
         };
         Ok(Backing { name: self.name.clone().into_bytes(), format_name: self.format.clone().into_bytes(), image })

@@ -1,14 +1,14 @@
 //! `info`.
 
 use instar_guest_protocol::message::{
-    Cause, Failure, FileRole, Format, ImageInfo, InfoReply, InfoRequest, OpenFile, Progress, Request, Source, reply,
-    request,
+    Cause, Failure, FileRole, Format, ImageInfo, InfoReply, InfoRequest, OpenFile, Progress, Request, reply, request,
 };
 
 use super::object::Objects;
 use super::{CommandLine, Settings};
 use crate::args::{Key, Opt};
 use crate::chain::Chain;
+use crate::config::Output;
 use crate::files::{Access, Files, Origin};
 use crate::image_opts::ImageSpec;
 use crate::lock::Purpose;
@@ -20,6 +20,7 @@ use crate::problem::Problem;
 use crate::program::{Fail, Outcome, Program, print};
 use crate::safety::Report;
 use crate::sandbox::{self, Granted, Host, Machine, Vm, Work};
+use crate::version::QemuVersion;
 use crate::{guest, messages};
 
 /// qemu-img's options, in the order in which getopt names the ones that an abbreviation may mean.
@@ -41,7 +42,7 @@ const OWN: &[Opt] =
 #[derive(Debug, Default)]
 struct Arguments {
     format: Option<String>,
-    output: Option<String>,
+    output: Option<Output>,
     image_opts: bool,
     backing_chain: bool,
     force_share: bool,
@@ -55,7 +56,8 @@ impl Arguments {
         match key {
             Key::Format => self.format = Some(value),
             Key::Output => match value.as_str() {
-                "human" | "json" => self.output = Some(value),
+                "human" => self.output = Some(Output::Human),
+                "json" => self.output = Some(Output::Json),
                 _ => return Err(Fail::Usage(format!("--output expects 'human' or 'json' not '{value}'"))),
             },
             Key::BackingChain => self.backing_chain = true,
@@ -95,7 +97,7 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
     let operands = line.walk(&mut settings, include_str!("help/info.txt"), |key, value| arguments.take(key, value))?;
     let Some(operands) = operands else { return Ok(()) };
     let image = arguments.image(&operands)?;
-    let as_json = arguments.output.as_deref() == Some("json");
+    let as_json = arguments.output.unwrap_or(settings.output) == Output::Json;
     if arguments.chain {
         return describe_by_hops(&settings, &arguments, &image, as_json);
     }
@@ -114,6 +116,7 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
 pub struct Run {
     images: Vec<ImageInfo>,
     files: Files,
+    version: QemuVersion,
 }
 
 /// Why there is nothing to describe.
@@ -160,11 +163,11 @@ impl Run {
         let mut files = Files::new(settings.confinement()?);
         let device =
             files.open_named(&mut machine, image, access).map_err(|problem| Unopened::of(&image.given, problem))?;
-        let source = Source { device, format: image.format.into(), snapshot: None, strict: settings.strict };
+        let source = settings.source(device, image.format);
         let operation = request::Operation::Info(InfoRequest { image: source, ..request });
         let mut host = InfoHost { files, access };
         let result = sandbox::run(&mut machine, &Request { operation: Some(operation) }, &mut host);
-        let run = Self { images: Vec::new(), files: host.files };
+        let run = Self { images: Vec::new(), files: host.files, version: settings.qemu_version };
         match result {
             Ok(reply::Result::Info(reply)) if !reply.images.is_empty() => run.finish(reply, image),
             Ok(reply::Result::Failure(failure)) => Err(run.unopened(image, &failure)),
@@ -238,7 +241,7 @@ impl Run {
             _ => info.virtual_size,
         };
         let shown = if first { &image.shown } else { &record.name };
-        Ok(Described { info, shown, file: &record.name, stat, file_len, extra })
+        Ok(Described { info, shown, file: &record.name, stat, file_len, version: self.version, extra })
     }
 }
 

@@ -4,6 +4,7 @@ use instar_guest_protocol::message::Snapshot;
 
 use super::node::Node;
 use crate::problem::printable;
+use crate::version::QemuVersion;
 
 const UNITS: [&str; 7] = ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"];
 
@@ -65,25 +66,38 @@ fn entry(key: &str, value: &Node, level: usize) -> String {
     }
 }
 
-/// The table of `Snapshot list:`, dates in local time.
-pub fn snapshots(snapshots: &[Snapshot], local: &dyn Fn(u32) -> String) -> String {
+/// The table of `Snapshot list:` as that version prints it, dates in local time.
+pub fn snapshots(snapshots: &[Snapshot], version: QemuVersion, local: &dyn Fn(u32) -> String) -> String {
+    let wide = version.has_wide_snapshot_columns();
     let row = |cells: [&str; 6]| {
         let [id, tag, vm_size, date, vm_clock, icount] = cells;
-        format!("{id:<7} {tag:<16} {vm_size:>8} {date:>19} {vm_clock:>15} {icount:>10}\n")
+        match wide {
+            true => format!("{id:<7} {tag:<16} {vm_size:>8} {date:>19} {vm_clock:>15} {icount:>10}\n"),
+            false => format!("{id:<9} {tag:<16} {vm_size:>8}{date:>20}{vm_clock:>13}{icount:>11}\n"),
+        }
     };
-    let mut table = row(["ID", "TAG", "VM_SIZE", "DATE", "VM_CLOCK", "ICOUNT"]);
+    let (hours, unknown) = if wide { (4, "--") } else { (2, "") };
+    let mut table = match wide {
+        true => row(["ID", "TAG", "VM_SIZE", "DATE", "VM_CLOCK", "ICOUNT"]),
+        false => row(["ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT"]),
+    };
     for snapshot in snapshots {
         let milliseconds = snapshot.vm_clock_nsec / 1_000_000;
         let seconds = milliseconds / 1000;
-        let clock =
-            format!("{:04}:{:02}:{:02}.{:03}", seconds / 3600, seconds / 60 % 60, seconds % 60, milliseconds % 1000);
+        let clock = format!(
+            "{:0hours$}:{:02}:{:02}.{:03}",
+            seconds / 3600,
+            seconds / 60 % 60,
+            seconds % 60,
+            milliseconds % 1000
+        );
         table.push_str(&row([
             &printable(&snapshot.id),
             &printable(&snapshot.name),
             &size(snapshot.vm_state_size),
             &local(snapshot.date_sec),
             &clock,
-            &snapshot.icount.map(|count| count.to_string()).unwrap_or_else(|| "--".to_owned()),
+            &snapshot.icount.map(|count| count.to_string()).unwrap_or_else(|| unknown.to_owned()),
         ]));
     }
     table
@@ -147,9 +161,16 @@ mod tests {
             ..Snapshot::default()
         };
         assert_eq!(
-            snapshots(&[snapshot], &|_| "2021-03-05 05:06:06".to_owned()),
+            snapshots(std::slice::from_ref(&snapshot), QemuVersion::default(), &|_| "2021-03-05 05:06:06".to_owned()),
             "ID      TAG               VM_SIZE                DATE        VM_CLOCK     ICOUNT\n2       second one with a \
              longer name  1.5 GiB 2021-03-05 05:06:06  0001:02:03.004          0\n"
+        );
+        let old = QemuVersion::parse("8.2").unwrap();
+        let plain = Snapshot { name: b"one".to_vec(), icount: None, ..snapshot };
+        assert_eq!(
+            snapshots(&[plain], old, &|_| "2021-03-05 05:06:06".to_owned()),
+            "ID        TAG               VM SIZE                DATE     VM CLOCK     ICOUNT\n2         one               1.5 GiB \
+             2021-03-05 05:06:06 01:02:03.004           \n"
         );
     }
 }

@@ -19,6 +19,13 @@ pub fn print(node: &Node) -> String {
     String::from_utf8_lossy(&out).into_owned()
 }
 
+/// Prints a tree in one line, with a final line feed.
+pub fn line(node: &Node) -> String {
+    let mut text = serde_json::to_string(node).unwrap_or_default();
+    text.push('\n');
+    text
+}
+
 /// QEMU's layout.
 #[derive(Default)]
 struct Qemu {

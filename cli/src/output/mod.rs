@@ -5,3 +5,4 @@ pub mod json;
 pub mod node;
 pub mod progress;
 pub mod report;
+pub mod stats;

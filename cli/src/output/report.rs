@@ -7,6 +7,7 @@ use super::node::Node;
 use crate::formats;
 use crate::open::{FileKind, Stat, join_name};
 use crate::problem::printable;
+use crate::version::QemuVersion;
 
 /// An image and the file it is in.
 #[derive(Debug)]
@@ -21,6 +22,8 @@ pub struct Described<'a> {
     pub stat: Stat,
     /// The file's length, bytes (devices have one too).
     pub file_len: u64,
+    /// As this version tells it.
+    pub version: QemuVersion,
     /// Added to what qemu-img tells, if asked for.
     pub extra: Vec<(&'static str, Node)>,
 }
@@ -102,13 +105,13 @@ impl Described<'_> {
         }
         if !self.info.snapshots.is_empty() {
             out.push_str("Snapshot list:\n");
-            out.push_str(&human::snapshots(&self.info.snapshots, &local_time));
+            out.push_str(&human::snapshots(&self.info.snapshots, self.version, &local_time));
         }
         if let Some((_, members)) = self.format_specific() {
             out.push_str("Format specific information:\n");
             out.push_str(&human::tree(&members, 1));
         }
-        if !self.is_file() {
+        if !self.is_file() && self.version.shows_child_nodes() {
             out.push_str("Child node '/file':\n");
             out.push_str(&format!(
                 "    filename: {}\n    protocol type: {}\n    file length: {}\n    disk size: {}\n",
@@ -128,7 +131,9 @@ impl Described<'_> {
     pub fn node(&self) -> Node {
         let mut members = Vec::new();
         let mut put = |key, value| members.push((key, value));
-        put("children", Node::List(if self.is_file() { Vec::new() } else { vec![self.child()] }));
+        if self.version.shows_child_nodes() {
+            put("children", Node::List(if self.is_file() { Vec::new() } else { vec![self.child()] }));
+        }
         if let Some(format) = self.backing_format() {
             put("backing-filename-format", Node::bytes(format));
         }
@@ -142,7 +147,7 @@ impl Described<'_> {
         }
         put("format", Node::text(self.format_name()));
         put("actual-size", Node::Int(self.stat.allocated));
-        if self.is_file() {
+        if self.is_file() && self.version.shows_child_nodes() {
             put("format-specific", file_specific());
         } else if let Some((kind, data)) = self.format_specific() {
             put("format-specific", Node::Dict(vec![("type", Node::text(kind)), ("data", Node::Dict(data))]));
@@ -175,7 +180,7 @@ impl Described<'_> {
     }
 
     fn format_specific(&self) -> Option<(&'static str, Vec<(&'static str, Node)>)> {
-        self.info.qcow2.as_ref().map(|info| ("qcow2", qcow2(info)))
+        self.info.qcow2.as_ref().map(|info| ("qcow2", qcow2(info, self.version)))
     }
 }
 
@@ -201,7 +206,7 @@ fn snapshot(snapshot: &Snapshot) -> Node {
     Node::Dict(members)
 }
 
-fn qcow2(info: &Qcow2Info) -> Vec<(&'static str, Node)> {
+fn qcow2(info: &Qcow2Info, version: QemuVersion) -> Vec<(&'static str, Node)> {
     let old = info.version < 3;
     let mut members = vec![
         ("compat", Node::text(if old { "0.10" } else { "1.1" })),
@@ -215,7 +220,7 @@ fn qcow2(info: &Qcow2Info) -> Vec<(&'static str, Node)> {
     }
     members.push(("refcount-bits", Node::Int(info.refcount_bits.into())));
     if let Some(header) = &info.luks {
-        members.push(("encrypt", Node::Dict(luks(header))));
+        members.push(("encrypt", Node::Dict(luks(header, version))));
     } else if info.aes {
         members.push(("encrypt", Node::Dict(vec![("format", Node::text("aes"))])));
     }
@@ -243,7 +248,7 @@ fn bitmap(bitmap: &Bitmap) -> Node {
 }
 
 /// A LUKS header inside qcow2, in QEMU's words for ciphers and modes.
-fn luks(header: &LuksInfo) -> Vec<(&'static str, Node)> {
+fn luks(header: &LuksInfo, version: QemuVersion) -> Vec<(&'static str, Node)> {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let mode = text(&header.cipher_mode);
     // `cbc-essiv:sha256`: mode, generator of initial vectors, and its hash.
@@ -266,8 +271,10 @@ fn luks(header: &LuksInfo) -> Vec<(&'static str, Node)> {
         }
         Node::Dict(members)
     });
+    if version.shows_detached_header() {
+        members.push(("detached-header", Node::Bool(false)));
+    }
     members.extend([
-        ("detached-header", Node::Bool(false)),
         ("hash-alg", Node::text(text(&header.hash))),
         ("cipher-alg", Node::text(format!("{}-{}", text(&header.cipher_name), u64::from(key_bytes) * 8))),
         ("uuid", Node::bytes(&header.uuid)),
@@ -294,7 +301,15 @@ mod tests {
     const STAT: Stat = Stat { kind: FileKind::Regular, identity: (0, 0), len: 1000, allocated: 4096 };
 
     fn described<'a>(info: &'a ImageInfo, file: &'a str) -> Described<'a> {
-        Described { info, shown: file, file, stat: STAT, file_len: STAT.len, extra: Vec::new() }
+        Described {
+            info,
+            shown: file,
+            file,
+            stat: STAT,
+            file_len: STAT.len,
+            version: QemuVersion::default(),
+            extra: Vec::new(),
+        }
     }
 
     #[test]
@@ -341,10 +356,13 @@ mod tests {
             key_bytes,
             ..LuksInfo::default()
         };
-        let text = human::tree(&luks(&header("xts-plain64", 64)), 0);
+        let text = human::tree(&luks(&header("xts-plain64", 64), QemuVersion::default()), 0);
         assert!(text.contains("ivgen alg: plain64\ndetached header: false\n"));
         assert!(text.contains("cipher alg: aes-256\n") && text.contains("cipher mode: xts\n"));
-        let text = human::tree(&luks(&header("cbc-essiv:sha256", 32)), 0);
+        let text = human::tree(&luks(&header("cbc-essiv:sha256", 32), QemuVersion::default()), 0);
+        assert!(
+            !human::tree(&luks(&header("xts-plain64", 64), QemuVersion::parse("8.2").unwrap()), 0).contains("detached")
+        );
         assert!(text.contains("ivgen alg: essiv\nivgen hash alg: sha256\n") && text.contains("cipher alg: aes-256\n"));
     }
 }

@@ -12,7 +12,7 @@ use alloc::vec::Vec;
 
 use instar_blockio::{BlockAlloc, BlockRead, BlockWrite, Codec, FileId, Layer, ReadPart};
 use instar_guest_protocol::message::{
-    Cause, Failure, Format, ImageInfo, OptionError, Reference, SnapshotSelector, Step, Target,
+    Cause, Failure, Format, ImageInfo, OptionError, Reference, SnapshotSelector, Source, Step, Target,
 };
 
 use self::target::TargetDisk;
@@ -197,6 +197,21 @@ pub fn probe<F: BlockRead>(file: &F, id: FileId) -> Result<Detection, Failure> {
     let mut parts = [ReadPart { offset: 0, buf: &mut head }, ReadPart { offset: tail_at, buf: &mut tail }];
     file.read_many(&mut parts).map_err(|error| block(Step::Open, Some(id), 0, error))?;
     Ok(detect(&head, &tail, len))
+}
+
+/// Opens an image that the user named, without its further files and its chain.
+///
+/// # Errors
+/// As [`open_image`]; a file that [`Source::known_only`] forbids.
+pub fn open_named<P: Platform>(platform: &P, source: &Source) -> Result<Box<dyn OpenImage<P>>, Failure> {
+    if source.known_only && source.format() == Format::Unknown {
+        let id = FileId(source.device);
+        let file = platform.file(source.device).ok_or_else(|| about(Step::Open, id, Cause::BadRequest))?;
+        if probe(&file, id)?.specific == Format::Raw {
+            return Err(about(Step::Open, id, Cause::Unrecognised));
+        }
+    }
+    open_image(platform, source.device, source.format(), source.strict)
 }
 
 /// Opens the image on a granted device, without its further files and its chain. `strict`: see

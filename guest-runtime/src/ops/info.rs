@@ -7,7 +7,7 @@ use instar_guest_protocol::limits::MAX_CHAIN_DEPTH;
 use instar_guest_protocol::message::{Cause, Failure, ImageInfo, InfoReply, InfoRequest, Safety, Step};
 
 use crate::chain::{Opening, open_backing, too_deep};
-use crate::formats::{OpenImage, open_image, probe};
+use crate::formats::{OpenImage, open_named, probe};
 use crate::ops::failure::about;
 use crate::platform::Platform;
 
@@ -18,8 +18,8 @@ use crate::platform::Platform;
 pub fn run<P: Platform>(platform: &P, request: &InfoRequest) -> Result<InfoReply, Failure> {
     let mut images = Vec::new();
     let mut device = request.image.device;
-    let how = Opening { parts: false, strict: request.image.strict };
-    let mut image = open_image(platform, device, request.image.format(), how.strict)?;
+    let how = Opening::of(&request.image, false);
+    let mut image = open_named(platform, &request.image)?;
     loop {
         images.push(describe(platform, device, &*image, request.safety)?);
         let below = match request.chain {

@@ -45,8 +45,18 @@ impl Job<'_> {
             Err(_) => Err(Fault::Refused),
             Ok(kind) => {
                 let bytes = if request.data_len > 0 { request.data_len } else { request.header.len };
+                let (devices, header) = (self.devices, request.header);
                 let outcome = self.dispatch(kind, &mut request);
-                counters.request(kind, if outcome.is_ok() { bytes } else { 0 });
+                let moved = if outcome.is_ok() { bytes } else { 0 };
+                counters.request(kind, moved);
+                if let Some(device) = devices.get(header.device) {
+                    device.counters.request(kind, moved);
+                }
+                if kind == RequestKind::Copy
+                    && let Some(target) = devices.get(header.target_device)
+                {
+                    target.counters.copied_to(moved);
+                }
                 outcome
             }
         };

@@ -8,6 +8,8 @@ use instar_guest_protocol::boot::{DeviceFlags, DeviceInfo};
 use rustix::fs::ftruncate;
 use rustix::io::{Errno, retry_on_intr};
 
+use crate::stats::{DeviceCounters, DeviceTraffic};
+
 /// All granted files; the index is the device number.
 #[derive(Debug, Default)]
 pub struct DeviceTable(Vec<Device>);
@@ -33,6 +35,11 @@ impl DeviceTable {
         self.0.iter().map(|device| DeviceInfo { len: device.len(), flags: device.flags.bits(), reserved: 0 }).collect()
     }
 
+    /// What was done with each.
+    pub fn traffic(&self) -> Vec<DeviceTraffic> {
+        self.0.iter().map(|device| device.counters.sums()).collect()
+    }
+
     /// Closes all files.
     pub fn clear(&mut self) {
         self.0.clear();
@@ -50,6 +57,8 @@ pub struct Device {
     length_changes: RwLock<()>,
     /// What the file system turned out to be unable to do.
     pub lacks: Lacks,
+    /// What was done with it.
+    pub counters: DeviceCounters,
 }
 
 /// Abilities found missing, so that they are tried only once.
@@ -70,7 +79,14 @@ pub struct Lacks {
 impl Device {
     /// A file of `len` bytes.
     pub fn new(file: OwnedFd, len: u64, flags: DeviceFlags) -> Self {
-        Self { file, flags, len: AtomicU64::new(len), length_changes: RwLock::new(()), lacks: Lacks::default() }
+        Self {
+            file,
+            flags,
+            len: AtomicU64::new(len),
+            length_changes: RwLock::new(()),
+            lacks: Lacks::default(),
+            counters: DeviceCounters::default(),
+        }
     }
 
     /// The file.

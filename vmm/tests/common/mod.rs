@@ -176,7 +176,7 @@ pub fn collect(sandbox: &mut Sandbox) -> Result<Outcome, Error> {
     loop {
         match sandbox.next_event()? {
             Event::Message { bytes, .. } => messages.push(bytes),
-            Event::Exited(stats) => return Ok(Outcome { messages, stats: *stats }),
+            Event::Exited(report) => return Ok(Outcome { messages, stats: report.stats }),
         }
     }
 }

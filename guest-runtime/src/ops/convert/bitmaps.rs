@@ -8,7 +8,7 @@ use instar_guest_protocol::message::{Call, Cause, ConvertRequest, Failure, Step,
 use instar_qcow2::{BitmapFlags, BitmapInfo, Writer};
 
 use crate::formats::target::TargetDisk;
-use crate::formats::{OpenImage, open_image, qcow2_failure};
+use crate::formats::{OpenImage, open_named, qcow2_failure};
 use crate::ops::failure::about;
 use crate::platform::Platform;
 
@@ -26,7 +26,7 @@ pub(super) struct SourceBitmaps<P: Platform> {
 pub(super) fn find<P: Platform>(platform: &P, request: &ConvertRequest) -> Result<Option<SourceBitmaps<P>>, Failure> {
     let Some(source) = request.sources.first().filter(|_| request.bitmaps) else { return Ok(None) };
     let id = FileId(source.device);
-    let image = open_image(platform, source.device, source.format(), source.strict)?;
+    let image = open_named(platform, source)?;
     let Some(qcow2) = image.as_qcow2() else {
         return Err(about(Step::Bitmaps, id, Cause::BitmapsUnsupported));
     };

@@ -36,6 +36,9 @@ use crate::platform::Platform;
 /// Disks are whole sectors to qemu-img.
 const SECTOR: u64 = 512;
 
+/// Bytes between two reports of progress that is not shown, but may be asked for by a signal: some 15 ms of work.
+const HIDDEN_STEP: u64 = 64 << 20;
+
 /// When zeroes stay unallocated.
 #[derive(Clone, Copy, Debug)]
 struct Sparse {
@@ -130,7 +133,7 @@ struct Job<'a, P: Platform> {
     counters: Counters,
     threads: usize,
     salvage: bool,
-    progress: Option<ProgressReport>,
+    progress: ProgressReport,
     buffers: Lock<Vec<Vec<u8>>>,
     sleepers: AtomicU32,
     failed: AtomicBool,
@@ -144,20 +147,18 @@ struct ProgressReport {
     told: Lock<u64>,
     /// The host delays the answer to keep a rate.
     paced: bool,
-    visible: bool,
+    /// Told each time that so many bytes more are done, and at the end.
+    step: u64,
 }
 
 impl<'a, P: Platform> Job<'a, P> {
     fn new(platform: &'a P, request: &ConvertRequest, source: Box<dyn Layer>, target: &'a Target<P>) -> Self {
         let sparse = Sparse { bytes: request.sparse_bytes };
         let paced = request.rate_limit > 0;
-        let progress = (request.progress || paced).then(|| ProgressReport {
-            total: source.size(),
-            done: AtomicU64::new(0),
-            told: Lock::new(0),
-            paced,
-            visible: request.progress,
-        });
+        let total = source.size();
+        // A line that nobody sees is kept up to date at a price that nobody notices.
+        let step = if request.progress { total / 100 } else { HIDDEN_STEP.max(total / 100) };
+        let progress = ProgressReport { total, done: AtomicU64::new(0), told: Lock::new(0), paced, step };
         let rules = Rules { allocate_all: sparse.allocate_all(), ..target.rules() };
         Self {
             platform,
@@ -273,7 +274,7 @@ impl<'a, P: Platform> Job<'a, P> {
     }
 
     fn report(&self, bytes: u64) {
-        let Some(report) = &self.progress else { return };
+        let report = &self.progress;
         let done = report.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
         let progress = Progress { done, total: report.total };
         if report.paced && bytes > 0 {
@@ -281,7 +282,8 @@ impl<'a, P: Platform> Job<'a, P> {
         }
         let mut told = report.told.lock();
         // The line shows hundredths of a percent; one in a hundred is often enough, as in qemu-img.
-        if report.visible && done > *told && (done - *told >= report.total / 100 || done >= report.total) {
+        let due = done > *told && (done - *told >= report.step || (done >= report.total && report.step < HIDDEN_STEP));
+        if due {
             *told = done;
             self.platform.call(&Call { kind: Some(call::Kind::Progress(progress)) });
         }

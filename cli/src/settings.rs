@@ -1,0 +1,184 @@
+//! Settings of instar itself; qemu-img has none of these. The configuration files come first, then the environment, then the
+//! command line.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use instar_guest_protocol::message::{Format, Source};
+
+use crate::args::{Found, Key, Opt};
+use crate::config::{self, Config, Output};
+use crate::confine::Confinement;
+use crate::output::progress::Show;
+use crate::problem::Problem;
+use crate::program::{Fail, Program};
+use crate::sandbox::{Limits, StatsForm};
+use crate::size;
+use crate::version::QemuVersion;
+
+/// The environment variable beside `--allow-dir`: directories separated by colons.
+const ALLOW_DIRS: &str = "INSTAR_ALLOW_DIRS";
+
+const MEBIBYTE: u64 = 1 << 20;
+
+/// The settings of a run.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    /// Directories beneath which images may name files.
+    allow_dirs: Vec<PathBuf>,
+    /// Limits of the sandbox.
+    pub limits: Limits,
+    /// What qemu-img lets pass in a damaged image is an error (`docs/quirks.md`).
+    pub strict: bool,
+    /// What has led to disclosures is allowed as in qemu-img (`docs/quirks.md`).
+    unsafe_quirks: bool,
+    /// A file without any known mark is not taken for raw, unless its format is given.
+    require_known_raw: bool,
+    /// The form of the output where `--output` does not say.
+    pub output: Output,
+    /// The qemu-img whose outputs are given.
+    pub qemu_version: QemuVersion,
+    /// Progress is shown, and how.
+    progress: Show,
+}
+
+/// Options that instar adds to each command. They must be spelled out, so that no abbreviation of qemu-img's changes its
+/// meaning.
+pub const OWN: &[Opt] = &[
+    Opt::long_value(Key::AllowDir, "allow-dir").spelled_out(),
+    Opt::long_value(Key::MaxGuestMemory, "max-guest-memory").spelled_out(),
+    Opt::long_value(Key::Threads, "threads").spelled_out(),
+    Opt::long_value(Key::Timeout, "timeout").spelled_out(),
+    Opt::long_flag(Key::DebugGuest, "debug-guest").spelled_out(),
+    Opt::long_flag(Key::IgnoreQuirks, "ignore-quirks").spelled_out(),
+    Opt::long_flag(Key::UnsafeQuirks, "unsafe-quirks").spelled_out(),
+    Opt::long_flag(Key::RequireKnownRaw, "require-known-raw").spelled_out(),
+    Opt::long_value(Key::QemuVersion, "qemu-version").spelled_out(),
+    Opt::long_optional(Key::Stats, "stats").spelled_out(),
+    Opt::long_optional(Key::ProgressForm, "progress").spelled_out(),
+];
+
+impl Settings {
+    /// What the configuration files and the environment say.
+    ///
+    /// # Errors
+    /// A configuration file that can't be read or understood.
+    pub fn load(program: &Program) -> Result<Self, Problem> {
+        let mut settings = Self::default();
+        for path in config::paths() {
+            if let Some(config) = config::read(&path)? {
+                let at = |problem: Problem| problem.within(path.path().display().to_string());
+                settings.configure(config, program, path.path()).map_err(at)?;
+            }
+        }
+        let dirs = std::env::var_os(ALLOW_DIRS).unwrap_or_default();
+        settings.allow_dirs.extend(std::env::split_paths(&dirs).filter(|dir| !dir.as_os_str().is_empty()));
+        Ok(settings)
+    }
+
+    fn configure(&mut self, config: Config, program: &Program, path: &Path) -> Result<(), Problem> {
+        let home = path.parent().unwrap_or(Path::new("/"));
+        if let Some(dirs) = config.allow_dirs {
+            self.allow_dirs = dirs.into_iter().map(|dir| home.join(dir)).collect();
+        }
+        if let Some(memory) = config.max_guest_memory {
+            self.limits.memory = guest_memory(&memory)?;
+        }
+        if let Some(seconds) = config.timeout {
+            self.limits.timeout = Some(time_limit(&seconds.to_string())?);
+        }
+        if let Some(threads) = config.threads {
+            self.limits.threads = Some(thread_count(&threads.to_string())?);
+        }
+        self.strict = config.ignore_quirks.unwrap_or(self.strict);
+        self.unsafe_quirks = config.unsafe_quirks.unwrap_or(self.unsafe_quirks);
+        self.require_known_raw = config.require_known_raw.unwrap_or(self.require_known_raw);
+        if let Some(version) = config.qemu_version {
+            self.qemu_version = QemuVersion::parse(&version)?;
+        }
+        // Who calls qemu-img reads what qemu-img prints.
+        if let Some(output) = config.output.filter(|_| !program.is_qemu_img()) {
+            self.output = output;
+        }
+        Ok(())
+    }
+
+    /// Takes an option, if it is one of these.
+    ///
+    /// # Errors
+    /// The message about its argument.
+    pub fn take(&mut self, (key, value): &Found) -> Result<bool, Fail> {
+        let text = value.as_deref().unwrap_or_default();
+        match key {
+            Key::AllowDir => self.allow_dirs.push(PathBuf::from(text)),
+            Key::MaxGuestMemory => self.limits.memory = guest_memory(text)?,
+            Key::Threads => self.limits.threads = Some(thread_count(text)?),
+            Key::Timeout => self.limits.timeout = Some(time_limit(text)?),
+            Key::DebugGuest => self.limits.debug = true,
+            Key::IgnoreQuirks => self.strict = true,
+            Key::UnsafeQuirks => self.unsafe_quirks = true,
+            Key::RequireKnownRaw => self.require_known_raw = true,
+            Key::QemuVersion => self.qemu_version = QemuVersion::parse(text)?,
+            Key::Stats => {
+                self.limits.stats = Some(match value.as_deref() {
+                    None | Some("human") => StatsForm::Human,
+                    Some("json") => StatsForm::Json,
+                    Some(other) => {
+                        return Err(Fail::Usage(format!("--stats expects 'human' or 'json' not '{other}'")));
+                    }
+                });
+            }
+            Key::ProgressForm => match text {
+                "bar" => self.progress = Show::Bar,
+                "" | "percent" => self.progress = Show::Percent,
+                other => return Err(Fail::Usage(format!("--progress expects 'bar' or 'percent' not '{other}'"))),
+            },
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    /// An image that the user named, as the guest is told of it.
+    pub fn source(&self, device: u32, format: Format) -> Source {
+        Source {
+            device,
+            format: format.into(),
+            snapshot: None,
+            strict: self.strict,
+            known_only: self.require_known_raw,
+            follow_probed: self.unsafe_quirks,
+        }
+    }
+
+    /// How progress is shown. `asked`: `-p`; `quiet`: `-q`.
+    pub fn progress(&self, asked: bool, quiet: bool) -> Show {
+        match self.progress {
+            _ if quiet => Show::Nothing,
+            Show::Nothing if asked => Show::Percent,
+            show => show,
+        }
+    }
+
+    /// Where images may name files.
+    ///
+    /// # Errors
+    /// A directory that can't be opened.
+    pub fn confinement(&self) -> Result<Confinement, Problem> {
+        match self.unsafe_quirks {
+            true => Confinement::new(&[PathBuf::from("/")]),
+            false => Confinement::new(&self.allow_dirs),
+        }
+    }
+}
+
+fn guest_memory(text: &str) -> Result<u64, Problem> {
+    size::parse_named("guest memory", text, 16 * MEBIBYTE, 65536 * MEBIBYTE).map_err(Problem::new)
+}
+
+fn thread_count(text: &str) -> Result<u32, Problem> {
+    Ok(size::parse_count("number of threads", text, 1, 16).map_err(Problem::new)? as u32)
+}
+
+fn time_limit(text: &str) -> Result<Duration, Problem> {
+    Ok(Duration::from_secs(size::parse_count("timeout", text, 1, 31_536_000).map_err(Problem::new)?))
+}
