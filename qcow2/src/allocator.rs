@@ -182,9 +182,46 @@ impl Allocator {
     }
 
     /// The count of the cluster at `cluster`.
-    fn count<D: BlockWrite>(&mut self, store: &mut Store<D>, cluster: u64) -> Result<u64> {
+    pub(crate) fn count<D: BlockWrite>(&mut self, store: &mut Store<D>, cluster: u64) -> Result<u64> {
         let (order, index) = (self.geometry.refcount_order(), cluster % self.per_block());
         Ok(self.counts(store, cluster)?.map_or(0, |block| count_at(block, order, index as usize)))
+    }
+
+    /// Adds one to the count of a cluster, in memory.
+    ///
+    /// # Errors
+    /// `InvalidInput` if the count can't rise any more.
+    pub(crate) fn raise<D: BlockWrite>(&mut self, store: &mut Store<D>, cluster: u64) -> Result<()> {
+        if self.count(store, cluster)? >= max_count(self.geometry.refcount_order()) {
+            return Err(Error::new(ErrorKind::InvalidInput).at(cluster.saturating_mul(self.geometry.cluster_size())));
+        }
+        while self.take(store, Span { first: cluster, count: 1 })? == Step::Again {}
+        Ok(())
+    }
+
+    /// Takes one from the count of a cluster at once, in memory, and returns what is left. Everything that pointed there must have
+    /// been overwritten durably.
+    pub(crate) fn lower<D: BlockWrite>(&mut self, store: &mut Store<D>, cluster: u64) -> Result<u64> {
+        self.give_back(store, Span { first: cluster, count: 1 })?;
+        self.count(store, cluster)
+    }
+
+    /// Clusters that the refcount table covers.
+    pub(crate) fn covered(&self) -> u64 {
+        self.table.len() as u64 * self.per_block()
+    }
+
+    /// Whether all counts of `count` clusters from `first` on are zero.
+    pub(crate) fn is_free<D: BlockWrite>(&mut self, store: &mut Store<D>, first: u64, count: u64) -> Result<bool> {
+        Ok(self.run(store, first, count, true)? == count)
+    }
+
+    /// Goes over to another refcount table, which is in the file already and counts everything that this one does.
+    pub(crate) fn adopt(&mut self, geometry: Geometry, table: Vec<u64>, offset: u64) {
+        self.geometry = geometry;
+        self.table = table;
+        self.table_offset = offset;
+        self.blocks = TableCache::new(geometry.cluster_size() as usize, CACHE_LEN);
     }
 
     /// Finds `count` free neighbours, without taking them.

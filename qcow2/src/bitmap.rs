@@ -46,8 +46,8 @@ pub struct BitmapInfo {
     pub flags: BitmapFlags,
     /// Length of its bits, bytes.
     pub len: u64,
-    table: HostOffset,
-    table_entries: u32,
+    pub(crate) table: HostOffset,
+    pub(crate) table_entries: u32,
 }
 
 /// A run of a bitmap's bytes.
@@ -166,7 +166,7 @@ fn is_sound(raw: &RawBitmap, header: &Header) -> bool {
 }
 
 /// What a bitmap table entry says, or the entry if it can't be.
-fn decode(geometry: Geometry, entry: u64) -> Result<BitmapRunKind> {
+pub(crate) fn decode(geometry: Geometry, entry: u64) -> Result<BitmapRunKind> {
     let offset = entry & BITMAP_OFFSET_MASK;
     let ones = entry & BITMAP_ALL_ONES != 0;
     if entry & BITMAP_RESERVED != 0 || (offset != 0 && ones) || !geometry.is_aligned(offset) {
@@ -177,6 +177,28 @@ fn decode(geometry: Geometry, entry: u64) -> Result<BitmapRunKind> {
         (0, true) => BitmapRunKind::Ones,
         _ => BitmapRunKind::Data(HostOffset(offset)),
     })
+}
+
+/// All bitmaps of a directory.
+pub(crate) fn load<D: BlockRead>(
+    pages: &Pages<D>,
+    header: &Header,
+    directory: &BitmapDirectory,
+) -> Result<Vec<BitmapInfo>> {
+    let mut all = Vec::new();
+    for entry in Entries::new(pages, header, directory)? {
+        let Entry { raw, name } = entry?;
+        all.try_reserve(1).map_err(|_| Error::OutOfMemory)?;
+        all.push(BitmapInfo {
+            name: read_name(pages, name)?,
+            granularity_bits: raw.granularity_bits,
+            flags: BitmapFlags::from_bits_retain(raw.flags.get()),
+            len: bitmap_len(header.virtual_size, raw.granularity_bits),
+            table: HostOffset(raw.table_offset.get()),
+            table_entries: raw.table_size.get(),
+        });
+    }
+    Ok(all)
 }
 
 /// Walks the directory once, for its faults and those of the tables.
@@ -252,21 +274,10 @@ impl<D: BlockRead> Image<D> {
     /// # Errors
     /// [`Error::Io`] or [`Error::OutOfMemory`].
     pub fn bitmaps(&self) -> Result<Vec<BitmapInfo>> {
-        let mut all = Vec::new();
-        let Some(directory) = &self.extensions.bitmaps else { return Ok(all) };
-        for entry in Entries::new(&self.pages, &self.header, directory)? {
-            let Entry { raw, name } = entry?;
-            all.try_reserve(1).map_err(|_| Error::OutOfMemory)?;
-            all.push(BitmapInfo {
-                name: read_name(&self.pages, name)?,
-                granularity_bits: raw.granularity_bits,
-                flags: BitmapFlags::from_bits_retain(raw.flags.get()),
-                len: bitmap_len(self.header.virtual_size, raw.granularity_bits),
-                table: HostOffset(raw.table_offset.get()),
-                table_entries: raw.table_size.get(),
-            });
+        match &self.extensions.bitmaps {
+            Some(directory) => load(&self.pages, &self.header, directory),
+            None => Ok(Vec::new()),
         }
-        Ok(all)
     }
 
     /// The run of a bitmap's bytes at `offset`: to the end of a cluster of bits, at most.

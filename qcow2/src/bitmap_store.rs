@@ -104,7 +104,7 @@ impl<D: BlockWrite> Writer<D> {
     }
 
     /// Writes bytes into clusters of their own.
-    fn store_clusters(&mut self, bytes: &[u8]) -> blockio::Result<u64> {
+    pub(crate) fn store_clusters(&mut self, bytes: &[u8]) -> blockio::Result<u64> {
         let geometry = self.header.geometry;
         let at = self.take_clusters(geometry.clusters(bytes.len() as u64))? * geometry.cluster_size();
         self.main.write(at, bytes)?;

@@ -10,16 +10,14 @@ use crate::allocator::{Allocator, State};
 use crate::error::Error;
 use crate::extension::{Extensions, FeatureName};
 use crate::format::{
-    HEADER_LEN, HEADER_LEN_V2, MAX_BACKING_FORMAT, MAX_BACKING_NAME, MAX_CLUSTER_BITS, MAX_L1_BYTES, MIN_CLUSTER_BITS,
-    V2_REFCOUNT_ORDER,
+    HEADER_LEN, HEADER_LEN_V2, MAX_BACKING_FORMAT, MAX_BACKING_NAME, MAX_CLUSTER_BITS, MAX_CLUSTER_WITHOUT_NAMES,
+    MAX_L1_BYTES, MIN_CLUSTER_BITS, V2_REFCOUNT_ORDER,
 };
 use crate::header::{Autoclear, Compatible, CompressionType, EncryptionMethod, Header, Incompatible};
 use crate::reserve::Link;
 use crate::store::Store;
 use crate::write::Writer;
 
-/// Clusters up to this size leave the feature name table out, bytes (QEMU's choice).
-const MAX_CLUSTER_WITHOUT_NAMES: u64 = 4096;
 /// Smallest clusters with extended L2 entries, bytes.
 const MIN_EXTENDED_CLUSTER: u64 = 16384;
 

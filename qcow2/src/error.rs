@@ -3,6 +3,8 @@ use core::fmt;
 use instar_blockio as blockio;
 
 use crate::addr::HostOffset;
+use crate::amend::AmendError;
+use crate::bitmap_edit::BitmapError;
 use crate::create::OptionError;
 
 /// Why an image can't be opened, read, made or changed. Each cause carries the offending value.
@@ -96,6 +98,16 @@ pub enum Error {
     EncryptedWrite,
     /// Options of a new image contradict each other or the format.
     Options(OptionError),
+    /// An image with an external data file has no internal snapshots.
+    SnapshotsWithDataFile,
+    /// There are 65536 snapshots already.
+    TooManySnapshots,
+    /// The count of the cluster at this file offset can't rise any more: refcounts are too narrow.
+    RefcountOverflow(u64),
+    /// A bitmap can't be changed as wanted.
+    Bitmap(BitmapError),
+    /// An option of an existing image can't be changed as wanted.
+    Amend(AmendError),
     /// Memory for a bounded table could not be had.
     OutOfMemory,
 }
@@ -239,7 +251,10 @@ impl From<Error> for blockio::Error {
                 ErrorKind::Unsupported.into()
             }
             Error::EncryptedWrite => ErrorKind::Encrypted.into(),
-            Error::Options(_) => ErrorKind::InvalidInput.into(),
+            Error::Options(_) | Error::RefcountOverflow(_) | Error::Bitmap(_) | Error::Amend(_) => {
+                ErrorKind::InvalidInput.into()
+            }
+            Error::SnapshotsWithDataFile | Error::TooManySnapshots => ErrorKind::Unsupported.into(),
             _ => ErrorKind::Corrupt.into(),
         }
     }
@@ -355,6 +370,11 @@ impl fmt::Display for Error {
             Self::MarkedDirty => f.write_str("image was not closed cleanly"),
             Self::EncryptedWrite => f.write_str("encrypted images can't be written"),
             Self::Options(error) => write!(f, "{error}"),
+            Self::SnapshotsWithDataFile => f.write_str("no snapshots with an external data file"),
+            Self::TooManySnapshots => f.write_str("too many snapshots"),
+            Self::RefcountOverflow(at) => write!(f, "refcount of the cluster at {at:#x} can't rise"),
+            Self::Bitmap(error) => write!(f, "{error}"),
+            Self::Amend(error) => write!(f, "{error}"),
             Self::OutOfMemory => f.write_str("out of memory"),
         }
     }

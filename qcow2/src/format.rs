@@ -36,6 +36,8 @@ pub const SUBCLUSTERS: u32 = 32;
 pub const MAX_L1_BYTES: u64 = 32 << 20;
 /// Largest refcount table, bytes (QEMU's limit).
 pub const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
+/// Clusters up to this size, bytes, have no room for the feature name table (QEMU's rule).
+pub const MAX_CLUSTER_WITHOUT_NAMES: u64 = 4096;
 /// Most snapshots (QEMU's limit).
 pub const MAX_SNAPSHOTS: u32 = 65536;
 /// Largest snapshot table, bytes (QEMU's limit).

@@ -69,7 +69,9 @@ extern crate std;
 
 mod addr;
 mod allocator;
+mod amend;
 mod bitmap;
+mod bitmap_edit;
 mod bitmap_store;
 mod cache;
 mod create;
@@ -84,14 +86,20 @@ mod open;
 mod pages;
 mod read;
 mod refcount;
+mod refcount_width;
 mod reserve;
+mod rewrite;
 mod snapshot;
+mod snapshot_edit;
 mod store;
+mod tree;
 mod write;
 mod zero;
 
 pub use addr::{Geometry, GuestOffset, HostOffset};
+pub use amend::{AmendError, AmendOptions};
 pub use bitmap::{BitmapFlags, BitmapInfo, BitmapRun, BitmapRunKind};
+pub use bitmap_edit::{BitmapError, Bitmaps};
 pub use create::{CreateOptions, OptionError, Preallocation, create};
 pub use error::{BitmapsFault, Corruption, DirectoryFault, EntryFault, Error, NameAt, Result, Table};
 pub use extension::{
@@ -102,4 +110,5 @@ pub use l1::L1Entry;
 pub use l2::{L2Entry, L2Format, SubclusterState, Subclusters};
 pub use open::{Encryption, Image, OpenOptions, feature_names};
 pub use snapshot::{Snapshot, SnapshotSelector};
+pub use snapshot_edit::NewSnapshot;
 pub use write::Writer;

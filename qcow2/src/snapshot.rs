@@ -2,8 +2,8 @@
 
 use alloc::vec::Vec;
 
-use instar_blockio::BlockRead;
-use zerocopy::FromBytes;
+use instar_blockio::{BlockRead, ErrorKind};
+use zerocopy::{FromBytes, IntoBytes};
 
 use crate::addr::HostOffset;
 use crate::error::{Error, Result, Table};
@@ -146,6 +146,75 @@ impl Entry {
             // All ones say that none was recorded.
             icount: self.extra(2).filter(|&count| count != u64::MAX),
         })
+    }
+}
+
+/// A snapshot with what a table that is written anew must keep of it.
+#[derive(Clone, Debug)]
+pub(crate) struct Stored {
+    pub(crate) snapshot: Snapshot,
+    /// Bytes of extra data that its entry has.
+    pub(crate) extra_len: u32,
+    /// Those without a meaning here.
+    pub(crate) unknown: Vec<u8>,
+}
+
+/// The whole table and its length in bytes.
+pub(crate) fn load<D: BlockRead>(pages: &Pages<D>, header: &Header) -> Result<(Vec<Stored>, u64)> {
+    let mut all = Vec::new();
+    let mut entries = Entries::new(pages, header);
+    for entry in entries.by_ref() {
+        let entry = entry?;
+        let extra_len = entry.raw.extra_data_size.get();
+        let unknown_len = (extra_len as usize).saturating_sub(KNOWN_EXTRA);
+        let unknown = pages.read_vec(entry.id_at - unknown_len as u64, unknown_len)?;
+        all.try_reserve(1).map_err(|_| Error::OutOfMemory)?;
+        all.push(Stored { snapshot: entry.load(pages, header)?, extra_len, unknown });
+    }
+    Ok((all, entries.at - entries.start))
+}
+
+/// The table as bytes, every entry with the extra data of version 3.
+pub(crate) fn emit(all: &[Stored]) -> Result<Vec<u8>> {
+    let mut out = Vec::new();
+    for Stored { snapshot, unknown, .. } in all {
+        let (Ok(id_len), Ok(name_len)) = (u16::try_from(snapshot.id.len()), u16::try_from(snapshot.name.len())) else {
+            return Err(Error::Io(ErrorKind::InvalidInput.into()));
+        };
+        let raw = RawSnapshot {
+            l1_table_offset: snapshot.l1_offset.0.into(),
+            l1_size: snapshot.l1_entries.into(),
+            id_str_size: id_len.into(),
+            name_size: name_len.into(),
+            date_sec: snapshot.date_sec.into(),
+            date_nsec: snapshot.date_nsec.into(),
+            vm_clock_nsec: snapshot.vm_clock_nsec.into(),
+            vm_state_size: u32::try_from(snapshot.vm_state_size).unwrap_or(0).into(),
+            extra_data_size: ((KNOWN_EXTRA + unknown.len()) as u32).into(),
+        };
+        let extra = [snapshot.vm_state_size, snapshot.virtual_size, snapshot.icount.unwrap_or(u64::MAX)];
+        let len = size_of::<RawSnapshot>() + KNOWN_EXTRA + unknown.len() + snapshot.id.len() + snapshot.name.len();
+        out.try_reserve(len + 8).map_err(|_| Error::OutOfMemory)?;
+        out.resize(out.len().next_multiple_of(8), 0);
+        out.extend_from_slice(raw.as_bytes());
+        extra.iter().for_each(|word| out.extend_from_slice(&word.to_be_bytes()));
+        out.extend_from_slice(unknown);
+        out.extend_from_slice(&snapshot.id);
+        out.extend_from_slice(&snapshot.name);
+    }
+    if out.len() as u64 > MAX_SNAPSHOT_TABLE_BYTES { Err(Error::SnapshotTableTooBig(0)) } else { Ok(out) }
+}
+
+/// The place of the snapshot that a selector names.
+pub(crate) fn find(all: &[Stored], selector: SnapshotSelector<'_>) -> Option<usize> {
+    match selector {
+        SnapshotSelector::IdOrName(text) => all
+            .iter()
+            .position(|stored| stored.snapshot.id == text)
+            .or_else(|| all.iter().position(|stored| stored.snapshot.name == text)),
+        SnapshotSelector::Exact { id, name } => all.iter().position(|Stored { snapshot, .. }| {
+            id.is_none_or(|id| snapshot.id == id) && name.is_none_or(|name| snapshot.name == name)
+        }),
     }
 }
 

@@ -88,6 +88,17 @@ impl<D: BlockWrite> Store<D> {
         self.file.flush()
     }
 
+    /// The file as it is read.
+    pub(crate) fn file(&self) -> &D {
+        &self.file
+    }
+
+    /// Gives the space of a range back that the image doesn't use any more.
+    pub(crate) fn discard(&mut self, offset: u64, len: u64) -> Result<()> {
+        let end = offset.saturating_add(len).min(self.file.size());
+        if offset < end { self.file.discard(offset, end - offset) } else { Ok(()) }
+    }
+
     /// The file itself, for requests that don't change where the image ends.
     pub(crate) fn file_mut(&mut self) -> &mut D {
         &mut self.file

@@ -42,9 +42,9 @@ const SECTOR: usize = 512;
 /// Entries of the L1 table that are written at once.
 const L1_ENTRIES_PER_WRITE: usize = 1 << 17;
 /// Header fields that change alone: the disk's size, the L1 table's entries and place, the autoclear bits.
-const SIZE_FIELD: u64 = core::mem::offset_of!(RawHeader, size) as u64;
+pub(crate) const SIZE_FIELD: u64 = core::mem::offset_of!(RawHeader, size) as u64;
 const L1_FIELDS: u64 = core::mem::offset_of!(RawHeader, l1_size) as u64;
-const AUTOCLEAR_FIELD: u64 = core::mem::offset_of!(RawHeader, autoclear_features) as u64;
+pub(crate) const AUTOCLEAR_FIELD: u64 = core::mem::offset_of!(RawHeader, autoclear_features) as u64;
 
 /// An image that is written: a fresh one from [`create`](crate::create), or an existing one from
 /// [`open`](Self::open).
@@ -61,15 +61,15 @@ pub struct Writer<D> {
     pub(crate) alloc: Allocator,
     pub(crate) reserved: Reserved,
     pub(crate) new_bitmaps: NewBitmaps,
-    l1: Vec<u64>,
+    pub(crate) l1: Vec<u64>,
     l1_dirty: Option<Range<usize>>,
-    l2: TableCache,
+    pub(crate) l2: TableCache,
     /// The last table that was looked at without being in the cache.
     side: RefCell<Option<(u64, Vec<u8>)>>,
     /// An existing image has been changed.
     changed: bool,
     /// A write of tables failed: what the file holds is not known any more.
-    failed: bool,
+    pub(crate) failed: bool,
 }
 
 pub(crate) fn corrupt(offset: u64, cause: Corruption) -> Error {
@@ -186,6 +186,21 @@ impl<D: BlockWrite> Writer<D> {
         Ok(())
     }
 
+    /// To be called before metadata changes that leave the contents of the disk alone, so that bitmaps stay valid. Autoclear bits
+    /// without a meaning here go.
+    pub(crate) fn begin_metadata(&mut self) -> blockio::Result<()> {
+        if self.failed {
+            return Err(ErrorKind::Io.into());
+        }
+        let kept = self.header.autoclear & Autoclear::all();
+        if self.header.version >= 3 && kept != self.header.autoclear {
+            self.main.write(AUTOCLEAR_FIELD, &kept.bits().to_be_bytes())?;
+            self.main.flush()?;
+            self.header.autoclear = kept;
+        }
+        Ok(())
+    }
+
     // --- Tables
 
     fn with_table<R>(&self, at: u64, look: impl FnOnce(&[u8]) -> R) -> blockio::Result<R> {
@@ -262,12 +277,12 @@ impl<D: BlockWrite> Writer<D> {
         Ok(())
     }
 
-    fn forget_side(&mut self, at: u64) {
+    pub(crate) fn forget_side(&mut self, at: u64) {
         self.side.get_mut().take_if(|(place, _)| *place == at);
     }
 
     /// Makes room in the cache for the table at `at`.
-    fn make_room(&mut self, at: u64) -> blockio::Result<()> {
+    pub(crate) fn make_room(&mut self, at: u64) -> blockio::Result<()> {
         if self.l2.is_full() && !self.l2.contains(at) {
             self.sync()?;
             self.l2.trim();
@@ -304,7 +319,7 @@ impl<D: BlockWrite> Writer<D> {
         }
     }
 
-    fn set_l1(&mut self, index: usize, entry: u64) {
+    pub(crate) fn set_l1(&mut self, index: usize, entry: u64) {
         self.l1[index] = entry;
         self.l1_dirty = Some(match &self.l1_dirty {
             Some(old) => old.start.min(index)..old.end.max(index + 1),
@@ -390,7 +405,7 @@ impl<D: BlockWrite> Writer<D> {
         self.alloc.free(&mut self.main, old)
     }
 
-    fn write_l1(&mut self, entries: Range<usize>) -> blockio::Result<()> {
+    pub(crate) fn write_l1(&mut self, entries: Range<usize>) -> blockio::Result<()> {
         let mut at = self.header.l1_offset.0 + entries.start as u64 * 8;
         for part in self.l1[entries].chunks(L1_ENTRIES_PER_WRITE) {
             let mut bytes = zeroed(part.len() * 8)?;
@@ -436,7 +451,7 @@ impl<D: BlockWrite> Writer<D> {
         Ok(())
     }
 
-    fn barrier(&mut self) -> blockio::Result<()> {
+    pub(crate) fn barrier(&mut self) -> blockio::Result<()> {
         if let Some(data) = &mut self.data {
             data.flush()?;
         }
