@@ -6,6 +6,7 @@ use core::fmt;
 use instar_blockio::{self as blockio, BlockWrite, ZeroMode};
 
 use crate::addr::HostOffset;
+use crate::bitmap_edit::Bitmaps;
 use crate::error::{Error, Result};
 use crate::format::V2_REFCOUNT_ORDER;
 use crate::header::{Autoclear, Compatible, Incompatible};
@@ -132,12 +133,17 @@ impl Steps<'_> {
 
 impl<D: BlockWrite> Writer<D> {
     /// Changes options, in QEMU's order: upgrade, refcount width, header, lazy refcounts, size, downgrade. What was changed before
-    /// a refusal stays. `progress` is called with the steps done and the steps in all.
+    /// a refusal stays. `progress` is called with the steps done and the steps in all. `bitmaps` are those of the image, to be
+    /// stored afterwards whatever happens: a new size is theirs too, and version 2 has none.
     ///
     /// # Errors
     /// [`Error::Amend`], or what tables and file report.
-    pub fn amend(&mut self, options: &AmendOptions, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
-        self.begin_metadata()?;
+    pub fn amend(
+        &mut self,
+        options: &AmendOptions,
+        bitmaps: &mut Bitmaps,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<()> {
         let old_version = self.header.version;
         let version = options.version.unwrap_or(old_version);
         let order = self.check_amendment(options, version)?;
@@ -155,25 +161,25 @@ impl<D: BlockWrite> Writer<D> {
             steps.operation_done();
         }
         self.amend_header(options)?;
-        let backing = |name: &Option<Vec<u8>>| name.clone().filter(|name| !name.is_empty());
-        let present = Some(self.backing_name.clone()).filter(|name| !name.is_empty());
-        let names_backing = options.backing_file.is_some() || options.backing_format.is_some();
-        if names_backing
-            && (options.backing_file != present || options.backing_format != backing(&self.extensions.backing_format))
-        {
-            return Err(AmendError::Backing.into());
-        }
+        self.check_backing(options)?;
         self.amend_lazy_refcounts(options, version)?;
         if let Some(size) = options.size.filter(|&size| size != 0) {
-            let mut bitmaps = self.load_bitmaps()?;
             self.set_size(size)?;
             self.flush()?;
-            self.store_bitmaps(&mut bitmaps)?;
         }
         if version < old_version {
-            self.downgrade(&mut steps)?;
+            self.downgrade(bitmaps, &mut steps)?;
         }
         Ok(self.flush()?)
+    }
+
+    /// The backing file can be named only as it is.
+    fn check_backing(&self, options: &AmendOptions) -> Result<()> {
+        let name = Some(&self.backing_name).filter(|name| !name.is_empty());
+        let format = self.extensions.backing_format.as_ref().filter(|name| !name.is_empty());
+        let same = options.backing_file.as_ref() == name && options.backing_format.as_ref() == format;
+        let named = options.backing_file.is_some() || options.backing_format.is_some();
+        if named && !same { Err(AmendError::Backing.into()) } else { Ok(()) }
     }
 
     /// What is refused before anything changes; returns log2 of the refcount width.
@@ -234,7 +240,8 @@ impl<D: BlockWrite> Writer<D> {
         }
     }
 
-    fn downgrade(&mut self, steps: &mut Steps<'_>) -> Result<()> {
+    /// Goes back to version 2. Its headers can't vouch for bitmaps, so they go.
+    fn downgrade(&mut self, bitmaps: &mut Bitmaps, steps: &mut Steps<'_>) -> Result<()> {
         if self.header.geometry.refcount_order() != V2_REFCOUNT_ORDER {
             return Err(AmendError::DowngradeRefcountBits.into());
         }
@@ -254,6 +261,10 @@ impl<D: BlockWrite> Writer<D> {
             return Err(AmendError::DowngradeFeatures(features.bits()).into());
         }
         self.expand_zero_clusters(&snapshots, steps)?;
+        let names: Vec<Vec<u8>> = bitmaps.names().map(<[u8]>::to_vec).collect();
+        for name in names {
+            self.remove_bitmap(bitmaps, &name)?;
+        }
         self.header.version = 2;
         self.header.compatible = Compatible::empty();
         self.header.autoclear = Autoclear::empty();

@@ -1,0 +1,198 @@
+//! Snapshots, bitmaps and amended options: the same steps by this crate and by qemu-img on two copies of an image give the
+//! same guest contents, snapshots and bitmaps, and `qemu-img check` finds nothing.
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+
+use common::{Random, have_qemu, must, run};
+use instar_blockio::{BlockRead, FileId, MemBlock};
+use instar_qcow2::{AmendOptions, Bitmaps, Error, Image, NewSnapshot, OpenOptions, SnapshotSelector, Writer};
+
+type Change = Box<dyn FnOnce(&mut Writer<&mut MemBlock>, &mut Bitmaps) -> Result<(), Error>>;
+
+/// Changes the image in a file; stores its bitmaps anew as QEMU does when it closes an image.
+fn edit(path: &Path, change: Change) -> Result<(), Error> {
+    let mut file = MemBlock::from(fs::read(path).unwrap());
+    let mut writer = Writer::open(&mut file, FileId(0), None)?;
+    let mut bitmaps = writer.load_bitmaps()?;
+    let done = change(&mut writer, &mut bitmaps);
+    writer.store_bitmaps(&mut bitmaps)?;
+    writer.finish()?;
+    fs::write(path, file.as_bytes()).unwrap();
+    done
+}
+
+fn open(bytes: Vec<u8>) -> Image<MemBlock> {
+    Image::open(MemBlock::from(bytes), FileId(0), &OpenOptions::default()).unwrap()
+}
+
+/// Snapshots without their places and times.
+fn snapshots(image: &Image<MemBlock>) -> Vec<(Vec<u8>, Vec<u8>, u64, Option<u64>)> {
+    let all = image.snapshots().unwrap();
+    all.into_iter().map(|one| (one.id, one.name, one.virtual_size, one.icount)).collect()
+}
+
+type Bits = (Vec<u8>, u8, u32, Vec<u8>);
+
+fn bitmaps(image: &Image<MemBlock>) -> Vec<Bits> {
+    let all = image.bitmaps().unwrap();
+    all.into_iter()
+        .map(|info| {
+            let mut bits = vec![0; info.len as usize];
+            image.read_bitmap(&info, 0, &mut bits).unwrap();
+            (info.name.clone(), info.granularity_bits, info.flags.bits(), bits)
+        })
+        .collect()
+}
+
+fn contents(image: &Image<MemBlock>) -> Vec<u8> {
+    let mut bytes = vec![0; image.virtual_size() as usize];
+    image.read_at(0, &mut bytes).unwrap();
+    bytes
+}
+
+fn compare(dir: &Path, what: &str) {
+    let (ours, theirs) = (open(fs::read(dir.join("a")).unwrap()), open(fs::read(dir.join("b")).unwrap()));
+    assert_eq!(ours.virtual_size(), theirs.virtual_size(), "{what}");
+    assert!(contents(&ours) == contents(&theirs), "{what}: contents");
+    assert_eq!(snapshots(&ours), snapshots(&theirs), "{what}");
+    assert_eq!(bitmaps(&ours), bitmaps(&theirs), "{what}");
+    let fields = |image: &Image<MemBlock>| {
+        let header = image.header();
+        (header.version, header.geometry, header.incompatible, header.compatible, header.autoclear)
+    };
+    assert_eq!(fields(&ours), fields(&theirs), "{what}");
+    for snapshot in ours.snapshots().unwrap() {
+        let select = |file: &str| {
+            let mut image = open(fs::read(dir.join(file)).unwrap());
+            image.select_snapshot(SnapshotSelector::IdOrName(&snapshot.id)).unwrap();
+            contents(&image)
+        };
+        assert!(select("a") == select("b"), "{what}: contents of snapshot");
+    }
+    let checked = run(dir, "qemu-img", &["check", "-f", "qcow2", "a"]);
+    let text = String::from_utf8_lossy(&checked.stdout).into_owned() + &String::from_utf8_lossy(&checked.stderr);
+    let theirs = run(dir, "qemu-img", &["check", "-f", "qcow2", "b"]);
+    let expected = String::from_utf8_lossy(&theirs.stdout).into_owned() + &String::from_utf8_lossy(&theirs.stderr);
+    assert_eq!(text, expected, "{what}");
+}
+
+fn has_bitmaps(dir: &Path) -> bool {
+    !open(fs::read(dir.join("a")).unwrap()).bitmaps().unwrap().is_empty()
+}
+
+/// One step on both copies.
+fn step(dir: &Path, random: &mut Random, number: u64) -> String {
+    let name = format!("s{}", random.below(5));
+    let bitmap = format!("b{}", random.below(3));
+    let other = format!("b{}", random.below(3));
+    let size = 1 << 20;
+    let pairs: (Vec<String>, Change) = match random.below(12) {
+        0..=2 => {
+            let at = random.below(size / 4096) * 4096;
+            let len = (1 + random.below(40)) * 4096;
+            let len = len.min(size - at);
+            let command = match random.below(4) {
+                0 => format!("write -z {at} {len}"),
+                1 => format!("discard {at} {len}"),
+                _ => format!("write -P {} {at} {len}", number % 250 + 1),
+            };
+            // The same program on both: only what this test is about may differ.
+            for file in ["a", "b"] {
+                run(dir, "qemu-io", &["-f", "qcow2", "-c", &command, file]);
+            }
+            return command;
+        }
+        3 | 4 => (
+            vec!["snapshot".into(), "-c".into(), name.clone()],
+            Box::new(move |writer, all| {
+                let new = NewSnapshot { name: name.into_bytes(), date_sec: 7, date_nsec: 8 };
+                writer.create_snapshot(&new)
+            }),
+        ),
+        5 | 6 => (
+            vec!["snapshot".into(), "-d".into(), name.clone()],
+            Box::new(move |writer, all| {
+                writer.delete_snapshot(SnapshotSelector::Exact { id: None, name: Some(name.as_bytes()) })
+            }),
+        ),
+        7 => (
+            vec!["snapshot".into(), "-a".into(), name.clone()],
+            Box::new(move |writer, all| {
+                match writer.extensions().bitmaps {
+                    None => writer.apply_snapshot(SnapshotSelector::IdOrName(name.as_bytes())),
+                    // qemu-img does not go back under bitmaps.
+                    Some(_) => Err(Error::SnapshotNotFound),
+                }
+            }),
+        ),
+        8 => {
+            // qemu-img leaks the bitmaps that a downgrade takes away.
+            let compat = ["v3", "v2"][random.below(if has_bitmaps(dir) { 1 } else { 2 }) as usize];
+            let bits = random.pick(&[16, 16, 16, 8, 32, 64, 4]);
+            (
+                vec!["amend".into(), "-o".into(), format!("compat={compat},refcount_bits={bits}")],
+                Box::new(move |writer, all| {
+                    let version = Some(if compat == "v2" { 2 } else { 3 });
+                    let options = AmendOptions { version, refcount_bits: Some(bits), ..AmendOptions::default() };
+                    writer.amend(&options, all, &mut |done, total| assert!(done <= total, "{done} of {total}"))
+                }),
+            )
+        }
+        9 => (
+            vec!["bitmap".into(), "--add".into(), "-g".into(), "4k".into(), bitmap.clone()],
+            Box::new(move |writer, all| writer.add_new_bitmap(all, bitmap.as_bytes(), 12)),
+        ),
+        10 => (
+            vec!["bitmap".into(), "--remove".into(), bitmap.clone()],
+            Box::new(move |writer, all| writer.remove_bitmap(all, bitmap.as_bytes())),
+        ),
+        _ => (
+            vec!["bitmap".into(), "--merge".into(), other.clone(), bitmap.clone()],
+            Box::new(move |writer, all| writer.merge_bitmap(all, other.as_bytes(), bitmap.as_bytes())),
+        ),
+    };
+    let (words, change) = pairs;
+    let mut args: Vec<&str> = words.iter().map(String::as_str).collect();
+    let place = if args[0] == "bitmap" { args.len() - 1 } else { args.len() };
+    args.splice(place..place, ["-f", "qcow2", "b"]);
+    let theirs = run(dir, "qemu-img", &args);
+    let ours = edit(&dir.join("a"), change);
+    let text = String::from_utf8_lossy(&theirs.stderr);
+    assert_eq!(ours.is_ok(), theirs.status.success(), "{args:?}: {ours:?} against {text}");
+    args.join(" ")
+}
+
+fn sequence(seed: u64, create: &str, steps: u64) {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path();
+    let mut random = Random(seed);
+    must(dir, "qemu-img", &["create", "-q", "-f", "qcow2", "-o", create, "a", "1M"]);
+    fs::copy(dir.join("a"), dir.join("b")).unwrap();
+    let mut done = Vec::new();
+    for number in 0..steps {
+        done.push(step(dir, &mut random, number));
+        compare(dir, &format!("seed {seed} {create}: {}", done.join("; ")));
+    }
+}
+
+#[test]
+fn random_sequences() {
+    if !have_qemu() {
+        return;
+    }
+    let seeds: u64 = std::env::var("EDIT_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(2);
+    let first: u64 = std::env::var("EDIT_FIRST").ok().and_then(|text| text.parse().ok()).unwrap_or(0);
+    for seed in first..first + seeds {
+        for create in [
+            "cluster_size=4k",
+            "cluster_size=64k",
+            "cluster_size=512,refcount_bits=4",
+            "cluster_size=16k,extended_l2=on",
+        ] {
+            sequence(seed, create, 25);
+        }
+    }
+}
