@@ -28,8 +28,11 @@ fn open(bytes: Vec<u8>) -> Image<MemBlock> {
     Image::open(MemBlock::from(bytes), FileId(0), &OpenOptions::default()).unwrap()
 }
 
+/// Id, name, disk size, instruction count.
+type Listed = (Vec<u8>, Vec<u8>, u64, Option<u64>);
+
 /// Snapshots without their places and times.
-fn snapshots(image: &Image<MemBlock>) -> Vec<(Vec<u8>, Vec<u8>, u64, Option<u64>)> {
+fn snapshots(image: &Image<MemBlock>) -> Vec<Listed> {
     let all = image.snapshots().unwrap();
     all.into_iter().map(|one| (one.id, one.name, one.virtual_size, one.icount)).collect()
 }
@@ -107,20 +110,20 @@ fn step(dir: &Path, random: &mut Random, number: u64) -> String {
         }
         3 | 4 => (
             vec!["snapshot".into(), "-c".into(), name.clone()],
-            Box::new(move |writer, all| {
+            Box::new(move |writer, _| {
                 let new = NewSnapshot { name: name.into_bytes(), date_sec: 7, date_nsec: 8 };
                 writer.create_snapshot(&new)
             }),
         ),
         5 | 6 => (
             vec!["snapshot".into(), "-d".into(), name.clone()],
-            Box::new(move |writer, all| {
+            Box::new(move |writer, _| {
                 writer.delete_snapshot(SnapshotSelector::Exact { id: None, name: Some(name.as_bytes()) })
             }),
         ),
         7 => (
             vec!["snapshot".into(), "-a".into(), name.clone()],
-            Box::new(move |writer, all| {
+            Box::new(move |writer, _| {
                 match writer.extensions().bitmaps {
                     None => writer.apply_snapshot(SnapshotSelector::IdOrName(name.as_bytes())),
                     // qemu-img does not go back under bitmaps.
