@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+/// The user `nobody` of all usual systems.
+const NOBODY: u32 = 65534;
+
 /// Limits of one sandbox.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -16,6 +19,8 @@ pub struct Settings {
     pub time_limit: Option<Duration>,
     /// Let the guest use AVX2 and what belongs to it (x86-64-v3) where the host has it. Makes the start a little slower.
     pub vectors: bool,
+    /// The user and group that the monitor process becomes where the caller is root.
+    pub user: u32,
     /// Keep the registers of a crashed guest, and the standard error stream of the monitor process.
     pub debug: bool,
 }
@@ -28,6 +33,7 @@ impl Default for Settings {
             stall: Duration::from_secs(10),
             time_limit: None,
             vectors: false,
+            user: NOBODY,
             debug: false,
         }
     }

@@ -235,6 +235,9 @@ impl fmt::Display for Error {
             Self::GuestMisbehaved(what) => write!(f, "the sandboxed program broke its rules: {what}"),
             Self::Stalled => f.write_str("the sandboxed program makes no progress"),
             Self::TimedOut => f.write_str("the sandboxed program takes too long"),
+            Self::MonitorLost { status: Some(status) } if status & 0x7f == libc::SIGSYS => {
+                f.write_str("the sandbox process tried what it must not do, and was ended")
+            }
             Self::MonitorLost { status: Some(status) } => {
                 write!(f, "the sandbox process was lost (wait status {status:#x})")
             }

@@ -14,6 +14,7 @@ use zerocopy::IntoBytes;
 use crate::cpu::{Cpu, task_state};
 use crate::elf::Elf;
 use crate::error::KvmStep;
+use crate::jail::filter::{Filter, Role};
 use crate::jail::process;
 use crate::layout::{Layout, TASK_STATE};
 use crate::memory::GuestMemory;
@@ -39,6 +40,8 @@ pub struct Plan {
     pub spawned: Instant,
     /// Vector registers beyond SSE.
     pub vectors: bool,
+    /// Who to become where the caller is root.
+    pub user: u32,
     /// More to say on failures.
     pub debug: bool,
 }
@@ -59,10 +62,15 @@ pub fn run(plan: Plan, channel: Channel) -> Infallible {
         Ok(built) => built,
         Err((step, errno)) => host.report(&kvm_failure(step, errno).into(), &[]),
     };
+    // Translated while the caller opens files.
+    let filter = Filter::of(Role::Boot);
     let request = host.await_request(machine);
     let devices = lock_devices(machine).infos();
     if machine.prepare(&request, &devices).is_err() {
         machine.fail(&kvm_failure(KvmStep::Memory, libc::EFAULT).into());
+    }
+    if filter.and_then(|filter| filter.install()).is_err() {
+        machine.fail(&kvm_failure(KvmStep::Jail, libc::EACCES).into());
     }
     phases.entered = machine.now();
     match machine.run(0, vcpu) {
@@ -83,12 +91,12 @@ type Step<T> = Result<T, (KvmStep, i32)>;
 
 /// Builds the machine with one vCPU.
 fn build(plan: Plan, host: &'static Host) -> Step<(&'static Machine, VcpuFd, Phases)> {
-    let Plan { guest, elf, layout, progress, spawned, vectors, debug } = plan;
+    let Plan { guest, elf, layout, progress, spawned, vectors, user, debug } = plan;
     let progress: &'static Progress = Box::leak(Box::new(progress));
     let now = || spawned.elapsed().as_nanos() as u64;
     let mut phases = Phases { process: now(), ..Phases::default() };
     let kvm = Kvm::new().map_err(|error| (KvmStep::Open, error.errno()))?;
-    process::drop_privileges(kvm.as_raw_fd(), debug).map_err(|errno| (KvmStep::Jail, errno.raw_os_error()))?;
+    process::drop_privileges(kvm.as_raw_fd(), user, debug).map_err(|errno| (KvmStep::Jail, errno.raw_os_error()))?;
     phases.kvm = now();
     let vm = kvm.create_vm().map_err(|error| (KvmStep::CreateVm, error.errno()))?;
     // Its duplicates in place of the standard streams stay.

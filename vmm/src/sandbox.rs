@@ -89,7 +89,8 @@ impl Sandbox {
         let layout = Layout::new(&elf, settings.vcpus, settings.memory)?;
         let progress = Arc::new(Progress::new()?);
         let debug = settings.debug;
-        let plan = Plan { guest, elf, layout, progress: progress.clone(), spawned, vectors: settings.vectors, debug };
+        let &Settings { vectors, user, .. } = settings;
+        let plan = Plan { guest, elf, layout, progress: progress.clone(), spawned, vectors, user, debug };
         let (channel, process) = process::fork(debug, |channel| monitor::run(plan, channel)).map_err(Error::Process)?;
         Ok(Self {
             channel,

@@ -15,6 +15,7 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use crate::cpu::Cpu;
 use crate::error::{KvmStep, Misbehaviour};
+use crate::jail::filter::{Filter, Role};
 use crate::layout::{BOOT_PAGE, DEVICES, LOG, Layout, REQUEST};
 use crate::memory::GuestMemory;
 use crate::stats::{Counters, DeviceTraffic, Phases, add};
@@ -225,13 +226,17 @@ impl Machine {
     }
 
     fn run_worker(&'static self, index: u32) {
-        let result = match self.cpu.create_vcpu(&self.vm, index, &self.layout) {
-            Ok(vcpu) => self.run(index, vcpu).map(|_| ()),
-            Err((step, errno)) => Err(Box::new(Reason { vcpu: index, ..kvm_failure(step, errno) }.into())),
-        };
-        if let Err(failure) = result {
+        if let Err(failure) = self.try_worker(index) {
             self.fail(&failure);
         }
+    }
+
+    fn try_worker(&'static self, index: u32) -> Result<(), Box<Failure>> {
+        let failed = |step, errno| Box::new(Failure::from(Reason { vcpu: index, ..kvm_failure(step, errno) }));
+        let vcpu = self.cpu.create_vcpu(&self.vm, index, &self.layout).map_err(|(step, errno)| failed(step, errno))?;
+        let filter = Filter::of(Role::Worker).and_then(|filter| filter.install());
+        filter.map_err(|_| failed(KvmStep::Jail, libc::EACCES))?;
+        self.run(index, vcpu).map(|_| ())
     }
 
     /// Delivers the message in the mailbox of vCPU `index`, and its answer.

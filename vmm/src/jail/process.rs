@@ -4,14 +4,19 @@ use std::convert::Infallible;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
+use instar_guest_protocol::limits::{MAX_DEVICES, MAX_VCPUS};
+use landlock::{ABI, Access, AccessFs, AccessNet, Ruleset, RulesetAttr, RulesetCreatedAttr, Scope};
 use rustix::io::{Errno, fcntl_dupfd_cloexec, retry_on_intr};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{
-    DumpableBehavior, Pid, Resource, Rlimit, Signal, WaitOptions, getpid, getppid, kill_process, set_dumpable_behavior,
-    set_parent_process_death_signal, setrlimit, waitpid,
+    DumpableBehavior, Gid, Pid, Resource, Rlimit, Signal, Uid, WaitOptions, geteuid, getpid, getppid, getrlimit,
+    getuid, kill_process, set_dumpable_behavior, set_parent_process_death_signal, setrlimit, waitpid,
 };
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
-use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs};
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs, set_thread_groups, set_thread_res_gid,
+    set_thread_res_uid,
+};
 
 use crate::wire::Channel;
 
@@ -85,25 +90,33 @@ pub fn exit(status: i32) -> ! {
     unsafe { libc::_exit(status) }
 }
 
-/// Gives up everything inherited but the socket.
-fn lock_down(parent: Pid, socket: BorrowedFd<'_>) -> Result<(), Errno> {
+/// The process ends when its parent does.
+fn die_with(parent: Option<Pid>) -> Result<(), Errno> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
-    if getppid() != Some(parent) {
+    if getppid() != parent {
         // It died before the line above.
         exit(STATUS_LOST);
     }
+    Ok(())
+}
+
+/// Gives up everything inherited but the socket.
+fn lock_down(parent: Pid, socket: BorrowedFd<'_>) -> Result<(), Errno> {
+    die_with(Some(parent))?;
     set_no_new_privs(true)?;
     // Nobody may attach to this process or read its memory, and it leaves no core behind.
     set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
     setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
+    limit_files()?;
     close_others(socket.as_raw_fd())
 }
 
-/// Gives up privileges that were needed to open `/dev/kvm`, and the standard streams.
+/// Gives up privileges that were needed to open `/dev/kvm`, the standard streams, and the sight of all file systems. Where the
+/// caller is root, the process goes on as `user`.
 ///
 /// The streams are not closed: a granted file would take their place, and whatever prints would write into it. `kvm`, which
 /// can be neither read nor written, takes it.
-pub fn drop_privileges(kvm: RawFd, debug: bool) -> Result<(), Errno> {
+pub fn drop_privileges(kvm: RawFd, user: u32, debug: bool) -> Result<(), Errno> {
     // SAFETY: the caller passes the descriptor of `/dev/kvm`, which is open for the rest of the process's life.
     let kvm = unsafe { BorrowedFd::borrow_raw(kvm) };
     dup2_stdin(kvm)?;
@@ -111,8 +124,45 @@ pub fn drop_privileges(kvm: RawFd, debug: bool) -> Result<(), Errno> {
     if !debug {
         dup2_stderr(kvm)?;
     }
+    if geteuid().is_root() || getuid().is_root() {
+        become_user(user)?;
+    }
     let none = CapabilitySet::empty();
-    set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })
+    set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })?;
+    leave_file_systems();
+    Ok(())
+}
+
+/// Takes another user and group for good.
+fn become_user(user: u32) -> Result<(), Errno> {
+    let (uid, gid) = (Uid::from_raw(user), Gid::from_raw(user));
+    // The process has one thread, so a change of the thread's identity is one of the process.
+    set_thread_groups(&[])?;
+    set_thread_res_gid(gid, gid, gid)?;
+    set_thread_res_uid(uid, uid, uid)?;
+    // The change has undone both.
+    set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
+    die_with(getppid())
+}
+
+/// No path leads anywhere any more, where the kernel has Landlock. Open files stay as they are. The system call filters allow
+/// no call that takes a path, so this is a second wall and its absence no error.
+fn leave_file_systems() {
+    let abi = ABI::V6;
+    let rules = Ruleset::default().handle_access(AccessFs::from_all(abi));
+    let rules = rules.and_then(|rules| rules.handle_access(AccessNet::from_all(abi)));
+    let rules = rules.and_then(|rules| rules.scope(Scope::from_all(abi)));
+    // `no_new_privs` is set already.
+    let _ = rules.and_then(|rules| rules.create()).and_then(|rules| rules.no_new_privs(false).restrict_self());
+}
+
+/// No more descriptors than a run can need, even if the caller has more.
+fn limit_files() -> Result<(), Errno> {
+    /// Files granted at most, and the machine's own: socket, machine, vCPUs, and those in place of the standard streams.
+    const MOST: u64 = MAX_DEVICES as u64 + MAX_VCPUS as u64 + 16;
+    let now = getrlimit(Resource::Nofile);
+    let least = |limit: Option<u64>| Some(limit.map_or(MOST, |limit| limit.min(MOST)));
+    setrlimit(Resource::Nofile, Rlimit { current: least(now.current), maximum: least(now.maximum) })
 }
 
 /// Closes all descriptors but the standard streams and `keep`, which lies above them.
