@@ -24,6 +24,8 @@ pub struct Config {
     pub timeout: Option<u64>,
     /// Virtual processors.
     pub threads: Option<u64>,
+    /// The user and group that the sandbox's process becomes where the program is run by root (default: 65534, nobody).
+    pub sandbox_user: Option<u32>,
     /// As `--ignore-quirks`.
     pub ignore_quirks: Option<bool>,
     /// As `--unsafe-quirks`.
@@ -119,7 +121,7 @@ mod tests {
     #[test]
     fn everything_that_can_be_said() {
         let config = parse(
-            "allow-dirs = [\"/srv/images\", \"bases\"]\nmax-guest-memory = \"64M\"\ntimeout = 30\nthreads = 2\nignore-quirks = \
+            "allow-dirs = [\"/srv/images\", \"bases\"]\nmax-guest-memory = \"64M\"\ntimeout = 30\nthreads = 2\nsandbox-user = 1234\nignore-quirks = \
              true\nunsafe-quirks = false\nrequire-known-raw = true\nqemu-version = \"8.2\"\noutput = \"json\"\n",
         )
         .unwrap();
@@ -127,7 +129,7 @@ mod tests {
         assert_eq!(config.max_guest_memory.as_deref(), Some("64M"));
         assert_eq!((config.timeout, config.threads), (Some(30), Some(2)));
         assert_eq!((config.ignore_quirks, config.unsafe_quirks), (Some(true), Some(false)));
-        assert_eq!(config.require_known_raw, Some(true));
+        assert_eq!((config.require_known_raw, config.sandbox_user), (Some(true), Some(1234)));
         assert_eq!((config.qemu_version.as_deref(), config.output), (Some("8.2"), Some(Output::Json)));
         assert!(parse("").unwrap().output.is_none());
     }

@@ -24,6 +24,8 @@ pub struct Limits {
     pub threads: Option<u32>,
     /// Tell about the inside of a crash.
     pub debug: bool,
+    /// The user and group that the sandbox's process becomes where the program is run by root.
+    pub user: Option<u32>,
     /// Print what each run did.
     pub stats: Option<StatsForm>,
 }
@@ -39,7 +41,7 @@ pub enum StatsForm {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { memory: 256 << 20, timeout: None, threads: None, debug: false, stats: None }
+        Self { memory: 256 << 20, timeout: None, threads: None, debug: false, user: None, stats: None }
     }
 }
 
@@ -63,7 +65,16 @@ impl Limits {
             Work::Metadata => (1, STALL, false),
             Work::Data(vcpus) => (vcpus, STALL_OF_DATA, true),
         };
-        Settings { vcpus, memory: self.memory, stall, time_limit: self.timeout, vectors, debug: self.debug }
+        let usual = Settings::default();
+        Settings {
+            vcpus,
+            memory: self.memory,
+            stall,
+            time_limit: self.timeout,
+            vectors,
+            user: self.user.unwrap_or(usual.user),
+            debug: self.debug,
+        }
     }
 }
 

@@ -90,6 +90,7 @@ impl Settings {
         if let Some(threads) = config.threads {
             self.limits.threads = Some(thread_count(&threads.to_string())?);
         }
+        self.limits.user = config.sandbox_user.or(self.limits.user);
         self.strict = config.ignore_quirks.unwrap_or(self.strict);
         self.unsafe_quirks = config.unsafe_quirks.unwrap_or(self.unsafe_quirks);
         self.require_known_raw = config.require_known_raw.unwrap_or(self.require_known_raw);

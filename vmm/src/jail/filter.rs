@@ -110,6 +110,8 @@ const BOOT: &[Allowed] = &[
     (libc::SYS_clone, When::Bits { argument: 0, mask: libc::CLONE_THREAD as u64, set: libc::CLONE_THREAD as u64 }),
     (libc::SYS_clone3, When::Always),
     (libc::SYS_set_robust_list, When::Always),
+    // The C library prepares its own signal for changes of identity when the first thread starts.
+    (libc::SYS_rt_sigaction, When::OneOf(0, &[33])),
     (libc::SYS_rseq, When::Always),
     (libc::SYS_gettid, When::Always),
     (libc::SYS_sched_getaffinity, When::Always),
