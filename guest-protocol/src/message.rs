@@ -10,7 +10,7 @@ use alloc::vec::Vec;
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Request {
     /// The operation.
-    #[prost(oneof = "request::Operation", tags = "1, 2, 3")]
+    #[prost(oneof = "request::Operation", tags = "1, 2, 3, 10, 11, 12")]
     pub operation: Option<request::Operation>,
 }
 
@@ -28,6 +28,15 @@ pub mod request {
         /// Make an empty image.
         #[prost(message, tag = "3")]
         Create(super::CreateRequest),
+        /// Make, apply or delete an internal snapshot.
+        #[prost(message, tag = "10")]
+        Snapshot(super::SnapshotRequest),
+        /// Change a persistent dirty bitmap.
+        #[prost(message, tag = "11")]
+        Bitmap(super::BitmapRequest),
+        /// Change options of an image.
+        #[prost(message, tag = "12")]
+        Amend(super::AmendRequest),
     }
 }
 
@@ -206,6 +215,137 @@ pub struct CreateRequest {
     /// Virtual size in bytes; absent: that of the backing image.
     #[prost(uint64, optional, tag = "2")]
     pub size: Option<u64>,
+}
+
+/// Change the internal snapshots of an image, whose device is writable.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct SnapshotRequest {
+    /// The image.
+    #[prost(message, required, tag = "1")]
+    pub image: Source,
+    /// What to do.
+    #[prost(enumeration = "SnapshotAction", tag = "2")]
+    pub action: i32,
+    /// The name of the snapshot; to be applied, its id or its name.
+    #[prost(bytes = "vec", tag = "3")]
+    pub name: Vec<u8>,
+    /// The time of a new one: seconds since 1970.
+    #[prost(uint32, tag = "4")]
+    pub date_sec: u32,
+    /// And nanoseconds.
+    #[prost(uint32, tag = "5")]
+    pub date_nsec: u32,
+}
+
+/// What to do with a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum SnapshotAction {
+    /// Not said.
+    Unspecified = 0,
+    /// Keep the present state under this name.
+    Create = 1,
+    /// Go back to its state.
+    Apply = 2,
+    /// Forget it.
+    Delete = 3,
+}
+
+/// Change a persistent dirty bitmap of an image, whose device is writable.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct BitmapRequest {
+    /// The image.
+    #[prost(message, required, tag = "1")]
+    pub image: Source,
+    /// The bitmap's name.
+    #[prost(bytes = "vec", tag = "2")]
+    pub name: Vec<u8>,
+    /// What to do, one after the other. What was done before a failure stays.
+    #[prost(message, repeated, tag = "3")]
+    pub actions: Vec<BitmapAction>,
+    /// Where the bitmaps to merge come from; absent: from the image itself.
+    #[prost(message, optional, tag = "4")]
+    pub source: Option<Source>,
+}
+
+/// One thing to do with a bitmap.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct BitmapAction {
+    /// What.
+    #[prost(enumeration = "BitmapVerb", tag = "1")]
+    pub verb: i32,
+    /// To add: bytes of disk per bit, absent for the usual ones.
+    #[prost(uint64, optional, tag = "2")]
+    pub granularity: Option<u64>,
+    /// To merge: the name of the other bitmap.
+    #[prost(bytes = "vec", tag = "3")]
+    pub source: Vec<u8>,
+}
+
+/// What to do with a bitmap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum BitmapVerb {
+    /// Not said.
+    Unspecified = 0,
+    /// Make it.
+    Add = 1,
+    /// Remove it.
+    Remove = 2,
+    /// Clear its bits.
+    Clear = 3,
+    /// Let it record.
+    Enable = 4,
+    /// Let it not record.
+    Disable = 5,
+    /// Add the bits of another one.
+    Merge = 6,
+}
+
+/// Change options of an image, whose device is writable.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct AmendRequest {
+    /// The image.
+    #[prost(message, required, tag = "1")]
+    pub image: Source,
+    /// The changes; absent: only open the image.
+    #[prost(message, optional, tag = "2")]
+    pub options: Option<AmendOptions>,
+    /// Send [`Progress`], in steps.
+    #[prost(bool, tag = "3")]
+    pub progress: bool,
+}
+
+/// qcow2 options to change; absent ones stay as they are.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct AmendOptions {
+    /// 2 or 3.
+    #[prost(uint32, optional, tag = "1")]
+    pub version: Option<u32>,
+    /// 1 to 64.
+    #[prost(uint64, optional, tag = "2")]
+    pub refcount_bits: Option<u64>,
+    /// Postponed refcounts.
+    #[prost(bool, optional, tag = "3")]
+    pub lazy_refcounts: Option<bool>,
+    /// Name of the external data file as stored; empty: none.
+    #[prost(bytes = "vec", optional, tag = "4")]
+    pub data_file: Option<Vec<u8>>,
+    /// The data file stays a valid raw image.
+    #[prost(bool, optional, tag = "5")]
+    pub data_file_raw: Option<bool>,
+    /// Name of the backing file, which must be the one recorded.
+    #[prost(bytes = "vec", optional, tag = "6")]
+    pub backing_file: Option<Vec<u8>>,
+    /// Its format, which must be the one recorded.
+    #[prost(bytes = "vec", optional, tag = "7")]
+    pub backing_format: Option<Vec<u8>>,
+    /// Virtual size, bytes.
+    #[prost(uint64, optional, tag = "8")]
+    pub size: Option<u64>,
+    /// Encryption options were given.
+    #[prost(bool, tag = "9")]
+    pub encryption: bool,
 }
 
 /// The image that is written.
@@ -392,7 +532,7 @@ pub struct Progress {
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Reply {
     /// Result or failure.
-    #[prost(oneof = "reply::Result", tags = "1, 2, 3, 4")]
+    #[prost(oneof = "reply::Result", tags = "1, 2, 3, 4, 10")]
     pub result: Option<reply::Result>,
 }
 
@@ -413,6 +553,10 @@ pub mod reply {
         /// Of [`CreateRequest`](super::CreateRequest).
         #[prost(message, tag = "4")]
         Create(super::CreateReply),
+        /// Of [`SnapshotRequest`](super::SnapshotRequest), [`BitmapRequest`](super::BitmapRequest) and
+        /// [`AmendRequest`](super::AmendRequest).
+        #[prost(message, tag = "10")]
+        Edit(super::EditReply),
     }
 }
 
@@ -463,6 +607,8 @@ pub enum Step {
     Snapshot = 5,
     /// Copying bitmaps.
     Bitmaps = 6,
+    /// Changing snapshots, bitmaps or options of an image.
+    Edit = 7,
 }
 
 /// Why something failed.
@@ -536,6 +682,86 @@ pub enum Cause {
     MarkedDirty = 31,
     /// No known mark, and [`Source::known_only`].
     Unrecognised = 32,
+    /// A bitmap can't be changed as wanted: `value` = [`BitmapRefusal`], `value2` = number of the action.
+    BitmapRefused = 60,
+    /// An option can't be changed as wanted: `value` = [`AmendRefusal`].
+    AmendRefused = 61,
+    /// The image, of `format`, can't have internal snapshots.
+    SnapshotsUnsupported = 62,
+    /// Refcounts are too narrow for one more reference.
+    RefcountOverflow = 63,
+    /// The image has bitmaps, which would not fit the state of a snapshot.
+    BitmapsActive = 64,
+    /// Options of images of `format` can't be changed.
+    AmendUnsupported = 65,
+}
+
+/// Reasons of [`Cause::BitmapRefused`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum BitmapRefusal {
+    /// Not said.
+    Unspecified = 0,
+    /// No bitmap has the name `text`.
+    NotFound = 1,
+    /// The bitmap exists.
+    Exists = 2,
+    /// The bitmap `text` was not saved properly.
+    Inconsistent = 3,
+    /// The name is empty.
+    NameEmpty = 4,
+    /// The name is too long.
+    NameTooLong = 5,
+    /// The granularity is no power of two, or out of range.
+    Granularity = 6,
+    /// The bits would take too much space.
+    TooLarge = 7,
+    /// There are too many bitmaps.
+    TooMany = 8,
+    /// The directory would be too large.
+    DirectoryFull = 9,
+    /// qcow2 version 2 has no bitmaps.
+    Version = 10,
+    /// The format has no bitmaps.
+    Unsupported = 11,
+    /// The disks differ in size: `text` = 8 bytes each, big-endian, of the image's and of the other disk's size.
+    Sizes = 12,
+}
+
+/// Reasons of [`Cause::AmendRefused`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum AmendRefusal {
+    /// Not said.
+    Unspecified = 0,
+    /// No such version.
+    Version = 1,
+    /// Not a refcount width.
+    RefcountBits = 2,
+    /// Refcount widths other than 16 need version 3.
+    RefcountBitsVersion = 3,
+    /// The count of the cluster at `value2` is too large: `text` = the count, 8 bytes, big-endian.
+    RefcountTooLarge = 4,
+    /// The refcount table would be too large.
+    RefcountTable = 5,
+    /// The image has no external data file.
+    NoDataFile = 6,
+    /// The data file can't become raw.
+    DataFileRaw = 7,
+    /// The backing file can't be changed in this way.
+    Backing = 8,
+    /// Lazy refcounts need version 3.
+    LazyRefcountsVersion = 9,
+    /// Version 2 has refcounts of 16 bits.
+    DowngradeRefcountBits = 10,
+    /// Version 2 has no external data file.
+    DowngradeDataFile = 11,
+    /// Version 2 can't describe the snapshots.
+    DowngradeSnapshots = 12,
+    /// Version 2 has no features `value2`.
+    DowngradeFeatures = 13,
+    /// The image is not encrypted.
+    NoEncryption = 14,
 }
 
 /// Header fields and tables of qcow2 named by [`Cause::InvalidField`].
@@ -921,4 +1147,12 @@ pub struct CreateReply {
     /// Bytes of the disk.
     #[prost(uint64, tag = "1")]
     pub virtual_size: u64,
+}
+
+/// An image was changed.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct EditReply {
+    /// Its format.
+    #[prost(enumeration = "Format", tag = "1")]
+    pub format: i32,
 }

@@ -168,6 +168,38 @@ fn requests_are_the_same() {
             flush: true,
         }),
         Operation::Create(m::CreateRequest { target: target(), size: Some(512) }),
+        Operation::Snapshot(m::SnapshotRequest {
+            image: source(),
+            action: m::SnapshotAction::Apply.into(),
+            name: b"one".to_vec(),
+            date_sec: 1,
+            date_nsec: 2,
+        }),
+        Operation::Bitmap(m::BitmapRequest {
+            image: source(),
+            name: b"b0".to_vec(),
+            actions: vec![m::BitmapAction {
+                verb: m::BitmapVerb::Merge.into(),
+                granularity: Some(512),
+                source: b"b1".to_vec(),
+            }],
+            source: Some(source()),
+        }),
+        Operation::Amend(m::AmendRequest {
+            image: source(),
+            options: Some(m::AmendOptions {
+                version: Some(2),
+                refcount_bits: Some(1),
+                lazy_refcounts: Some(true),
+                data_file: Some(b"data".to_vec()),
+                data_file_raw: Some(true),
+                backing_file: Some(b"base".to_vec()),
+                backing_format: Some(b"raw".to_vec()),
+                size: Some(512),
+                encryption: true,
+            }),
+            progress: true,
+        }),
     ];
     for operation in operations {
         assert_same(&pool, "Request", &m::Request { operation: Some(operation) });
@@ -198,6 +230,7 @@ fn calls_and_answers_are_the_same() {
         done(Reply::Info(m::InfoReply { images: vec![info()] })),
         done(Reply::Convert(m::ConvertReply { virtual_size: 1, copied: 2, transformed: 3 })),
         done(Reply::Create(m::CreateReply { virtual_size: 1 })),
+        done(Reply::Edit(m::EditReply { format: m::Format::Raw.into() })),
     ];
     for call in calls {
         assert_same(&pool, "Call", &m::Call { kind: Some(call) });
@@ -238,6 +271,10 @@ fn enums_are_the_same() {
     assert_enum::<m::Cause>(&pool, "Cause");
     assert_enum::<m::Field>(&pool, "Field");
     assert_enum::<m::BitmapFault>(&pool, "BitmapFault");
+    assert_enum::<m::SnapshotAction>(&pool, "SnapshotAction");
+    assert_enum::<m::BitmapVerb>(&pool, "BitmapVerb");
+    assert_enum::<m::BitmapRefusal>(&pool, "BitmapRefusal");
+    assert_enum::<m::AmendRefusal>(&pool, "AmendRefusal");
     assert_enum::<m::OptionError>(&pool, "OptionError");
-    assert_eq!(pool.all_enums().count(), 8, "an enum without a check");
+    assert_eq!(pool.all_enums().count(), 12, "an enum without a check");
 }

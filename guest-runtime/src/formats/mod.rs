@@ -20,6 +20,7 @@ use crate::detect::{Detection, HEAD_LEN, TAIL_LEN, detect};
 use crate::ops::failure::{about, block, failure};
 use crate::platform::{File, Platform};
 
+pub(crate) use self::qcow2::open_data_file;
 pub use self::qcow2::{bitmap_info, qcow2_failure, snapshot_info};
 
 /// An opened image: its main file has been looked at, further files have not.

@@ -1,11 +1,15 @@
 //! The operations. Each runs on any [`Platform`]: in the virtual machine, and on the host in tests.
 //!
-//! A guest program calls one of [`serve_info`], [`serve_convert`] and [`serve_create`], so that it contains only the code of that operation.
+//! A guest program calls one of [`serve_info`], [`serve_convert`], [`serve_create`] and [`serve_edit`], so that it contains only the code of that operation.
 
+pub mod amend;
+pub mod bitmap;
 pub mod convert;
 pub mod create;
+mod edit;
 pub mod failure;
 pub mod info;
+pub mod snapshot;
 
 use instar_guest_protocol::message::request::Operation;
 use instar_guest_protocol::message::{Call, Cause, Failure, Reply, Request, Step, call, reply};
@@ -35,6 +39,19 @@ pub fn serve_create<P: Platform>(platform: &P, request: &[u8]) {
     serve(platform, request, |operation| match operation {
         Operation::Create(request) => Some(create::run(platform, &request).map(reply::Result::Create)),
         _ => None,
+    });
+}
+
+/// Serves a request to change an image in place and delivers the reply.
+pub fn serve_edit<P: Platform>(platform: &P, request: &[u8]) {
+    serve(platform, request, |operation| {
+        let done = match operation {
+            Operation::Snapshot(request) => snapshot::run(platform, &request),
+            Operation::Bitmap(request) => bitmap::run(platform, &request),
+            Operation::Amend(request) => amend::run(platform, &request),
+            _ => return None,
+        };
+        Some(done.map(reply::Result::Edit))
     });
 }
 

@@ -1,0 +1,90 @@
+//! `amend`: changing the options of an image.
+
+use instar_guest_protocol::message::{
+    AmendOptions as WireOptions, AmendRefusal, AmendRequest, Call, Cause, EditReply, Failure, Format, Progress, Step,
+    call,
+};
+use instar_qcow2::{AmendError, AmendOptions, Error};
+
+use crate::ops::edit::{self, Editable, Qcow2};
+use crate::ops::failure::failure;
+use crate::platform::Platform;
+
+/// Does as the request says.
+///
+/// # Errors
+/// What the host makes its message of.
+pub fn run<P: Platform>(platform: &P, request: &AmendRequest) -> Result<EditReply, Failure> {
+    match edit::open(platform, &request.image)? {
+        Editable::Qcow2(mut image) => match &request.options {
+            Some(options) => {
+                let done = amend(platform, &mut image, options, request.progress);
+                image.close(done)
+            }
+            None => Ok(EditReply { format: Format::Qcow2.into() }),
+        },
+        Editable::Other(format) => {
+            Err(Failure { format: format.into(), ..failure(Step::Edit, Cause::AmendUnsupported) })
+        }
+    }
+}
+
+fn amend<P: Platform>(platform: &P, image: &mut Qcow2<P>, wanted: &WireOptions, progress: bool) -> Result<(), Failure> {
+    if wanted.encryption {
+        return Err(refused(AmendRefusal::NoEncryption));
+    }
+    let options = AmendOptions {
+        version: wanted.version,
+        refcount_bits: wanted.refcount_bits,
+        lazy_refcounts: wanted.lazy_refcounts,
+        data_file: wanted.data_file.clone(),
+        data_file_raw: wanted.data_file_raw,
+        backing_file: wanted.backing_file.clone(),
+        backing_format: wanted.backing_format.clone(),
+        size: wanted.size,
+    };
+    let mut told = None;
+    let mut report = |done: u64, total: u64| {
+        // Every message costs an exit, so only what can be seen is told.
+        let percent = done.saturating_mul(100) / total.max(1);
+        if progress && told != Some(percent) {
+            told = Some(percent);
+            platform.call(&Call { kind: Some(call::Kind::Progress(Progress { done, total })) });
+        }
+    };
+    let Qcow2 { writer, bitmaps, .. } = image;
+    let done = writer.amend(&options, bitmaps, &mut report);
+    done.map_err(|error| match error {
+        Error::Amend(error) => of(error),
+        other => image.failure(other),
+    })
+}
+
+fn refused(refusal: AmendRefusal) -> Failure {
+    Failure { value: refusal as u64, format: Format::Qcow2.into(), ..failure(Step::Edit, Cause::AmendRefused) }
+}
+
+fn of(error: AmendError) -> Failure {
+    let refusal = match error {
+        AmendError::Version(_) => AmendRefusal::Version,
+        AmendError::RefcountBits(_) => AmendRefusal::RefcountBits,
+        AmendError::RefcountBitsVersion => AmendRefusal::RefcountBitsVersion,
+        AmendError::RefcountTooLarge { offset, count, .. } => {
+            let text = count.to_be_bytes().to_vec();
+            return Failure { value2: offset, text, ..refused(AmendRefusal::RefcountTooLarge) };
+        }
+        AmendError::RefcountTable => AmendRefusal::RefcountTable,
+        AmendError::NoDataFile => AmendRefusal::NoDataFile,
+        AmendError::DataFileRaw => AmendRefusal::DataFileRaw,
+        AmendError::Backing => AmendRefusal::Backing,
+        AmendError::LazyRefcountsVersion => AmendRefusal::LazyRefcountsVersion,
+        AmendError::DowngradeRefcountBits => AmendRefusal::DowngradeRefcountBits,
+        AmendError::DowngradeDataFile => AmendRefusal::DowngradeDataFile,
+        AmendError::DowngradeSnapshots => AmendRefusal::DowngradeSnapshots,
+        AmendError::DowngradeFeatures(bits) => {
+            return Failure { value2: bits, ..refused(AmendRefusal::DowngradeFeatures) };
+        }
+        _ => AmendRefusal::Unspecified,
+    };
+    refused(refusal)
+}
