@@ -249,6 +249,8 @@ pub enum SnapshotAction {
     Apply = 2,
     /// Forget it.
     Delete = 3,
+    /// Tell them all. The device need not be writable.
+    List = 4,
 }
 
 /// Change a persistent dirty bitmap of an image, whose device is writable.
@@ -762,6 +764,10 @@ pub enum AmendRefusal {
     DowngradeFeatures = 13,
     /// The image is not encrypted.
     NoEncryption = 14,
+    /// A size between sectors.
+    SizeUnaligned = 15,
+    /// A size of 2^63 bytes or more.
+    SizeNegative = 16,
 }
 
 /// Header fields and tables of qcow2 named by [`Cause::InvalidField`].
@@ -1149,10 +1155,13 @@ pub struct CreateReply {
     pub virtual_size: u64,
 }
 
-/// An image was changed.
+/// An image was changed, or its snapshots were listed.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct EditReply {
     /// Its format.
     #[prost(enumeration = "Format", tag = "1")]
     pub format: i32,
+    /// To list: its internal snapshots.
+    #[prost(message, repeated, tag = "2")]
+    pub snapshots: Vec<Snapshot>,
 }

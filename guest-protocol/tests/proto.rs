@@ -230,7 +230,7 @@ fn calls_and_answers_are_the_same() {
         done(Reply::Info(m::InfoReply { images: vec![info()] })),
         done(Reply::Convert(m::ConvertReply { virtual_size: 1, copied: 2, transformed: 3 })),
         done(Reply::Create(m::CreateReply { virtual_size: 1 })),
-        done(Reply::Edit(m::EditReply { format: m::Format::Raw.into() })),
+        done(Reply::Edit(m::EditReply { format: m::Format::Raw.into(), snapshots: info().snapshots })),
     ];
     for call in calls {
         assert_same(&pool, "Call", &m::Call { kind: Some(call) });

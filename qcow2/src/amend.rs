@@ -72,6 +72,10 @@ pub enum AmendError {
     DowngradeSnapshots,
     /// Version 2 has no incompatible features: those of the image.
     DowngradeFeatures(u64),
+    /// A size between sectors (512 bytes).
+    SizeUnaligned,
+    /// A size of 2^63 bytes or more.
+    SizeNegative,
 }
 
 impl fmt::Display for AmendError {
@@ -91,6 +95,8 @@ impl fmt::Display for AmendError {
             Self::DowngradeRefcountBits => f.write_str("version 2 has refcounts of 16 bits"),
             Self::DowngradeDataFile => f.write_str("version 2 has no external data file"),
             Self::DowngradeSnapshots => f.write_str("version 2 can't describe the snapshots"),
+            Self::SizeUnaligned => f.write_str("the size is no multiple of 512 bytes"),
+            Self::SizeNegative => f.write_str("the size has more than 63 bits"),
             Self::DowngradeFeatures(bits) => write!(f, "version 2 has no features {bits:#x}"),
         }
     }
@@ -164,6 +170,12 @@ impl<D: BlockWrite> Writer<D> {
         self.check_backing(options)?;
         self.amend_lazy_refcounts(options, version)?;
         if let Some(size) = options.size.filter(|&size| size != 0) {
+            if size > i64::MAX as u64 {
+                return Err(AmendError::SizeNegative.into());
+            }
+            if !size.is_multiple_of(512) {
+                return Err(AmendError::SizeUnaligned.into());
+            }
             self.set_size(size)?;
             self.flush()?;
         }
@@ -202,6 +214,7 @@ impl<D: BlockWrite> Writer<D> {
     }
 
     fn upgrade(&mut self, steps: &mut Steps<'_>) -> Result<()> {
+        steps.step(0, 2);
         if self.header.snapshot_count != 0 {
             let (all, old_len) = self.load_snapshots()?;
             // Machine state and disk size, 8 bytes each.
@@ -209,10 +222,11 @@ impl<D: BlockWrite> Writer<D> {
                 self.store_snapshots(&all, old_len)?;
             }
         }
+        steps.step(1, 2);
         self.header.version = 3;
         self.format.zero_clusters = true;
         self.rewrite_header()?;
-        steps.step(1, 1);
+        steps.step(2, 2);
         Ok(())
     }
 

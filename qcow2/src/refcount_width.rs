@@ -18,8 +18,8 @@ impl<D: BlockWrite> Writer<D> {
         let old = self.header.geometry;
         let new = Geometry::new(old.cluster_bits(), old.extended_l2(), order).ok_or(Error::RefcountOrder(order))?;
         self.check_counts(order)?;
-        let (table, table_offset) = self.place_blocks(new, steps)?;
-        self.write_new_blocks(new, &table)?;
+        let (table, table_offset, walks) = self.place_blocks(new, steps)?;
+        self.write_new_blocks(new, &table, walks, steps)?;
         let mut bytes = zeroed(table.len() * 8)?;
         for (to, from) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(&table) {
             *to = from.to_be_bytes();
@@ -63,26 +63,19 @@ impl<D: BlockWrite> Writer<D> {
         Ok(())
     }
 
-    /// Takes clusters for the new blocks, which must count themselves, and for the new table. Returns the table and its place.
-    fn place_blocks(&mut self, new: Geometry, steps: &mut Steps<'_>) -> Result<(Vec<u64>, u64)> {
+    /// Takes clusters for the new blocks, which must count themselves, and for the new table. Returns the table, its place,
+    /// and how often the counts were walked over.
+    fn place_blocks(&mut self, new: Geometry, steps: &mut Steps<'_>) -> Result<(Vec<u64>, u64, u64)> {
         let per_table_cluster = new.cluster_size() / 8;
         let mut table: Vec<u64> = Vec::new();
         let mut place: Option<(u64, u64)> = None;
         for walk in 0u64.. {
             let mut taken = false;
             let walks = (walk + 2).max(3);
-            let mut index = 0;
-            while index * new.refcounts_per_block() < self.alloc.covered() {
-                let all = self.alloc.covered();
-                steps.step(walk * all + index * new.refcounts_per_block(), walks * all);
+            self.walk(new, walk, walks, steps, &mut |this, index| {
                 let known = table.get(index as usize).is_some_and(|&at| at != 0);
-                if !known
-                    && !self.alloc.is_free(
-                        &mut self.main,
-                        index * new.refcounts_per_block(),
-                        new.refcounts_per_block(),
-                    )?
-                {
+                let per_block = new.refcounts_per_block();
+                if !known && !this.alloc.is_free(&mut this.main, index * per_block, per_block)? {
                     let entries = (index + 1).next_multiple_of(per_table_cluster);
                     if entries > MAX_REFCOUNT_TABLE_BYTES / 8 {
                         return Err(AmendError::RefcountTable.into());
@@ -92,13 +85,13 @@ impl<D: BlockWrite> Writer<D> {
                         table.try_reserve(more).map_err(|_| Error::OutOfMemory)?;
                         table.resize(entries as usize, 0);
                     }
-                    table[index as usize] = self.take_clusters(1)? << new.cluster_bits();
+                    table[index as usize] = this.take_clusters(1)? << new.cluster_bits();
                     taken = true;
                 }
-                index += 1;
-            }
+                Ok(())
+            })?;
             match place {
-                Some((at, _)) if !taken => return Ok((table, at)),
+                Some((at, _)) if !taken => return Ok((table, at, walk + 1)),
                 None if !taken => break,
                 _ => {}
             }
@@ -115,18 +108,48 @@ impl<D: BlockWrite> Writer<D> {
         Err(BlockError::new(ErrorKind::Corrupt).into())
     }
 
-    fn write_new_blocks(&mut self, new: Geometry, table: &[u64]) -> Result<()> {
-        for (index, &at) in table.iter().enumerate().filter(|(_, at)| **at != 0) {
-            let first = index as u64 * new.refcounts_per_block();
+    fn write_new_blocks(&mut self, new: Geometry, table: &[u64], walks: u64, steps: &mut Steps<'_>) -> Result<()> {
+        self.walk(new, walks, walks + 1, steps, &mut |this, index| {
+            let Some(&at) = table.get(index as usize).filter(|at| **at != 0) else { return Ok(()) };
+            let first = index * new.refcounts_per_block();
             let mut block = zeroed(new.cluster_size() as usize)?;
             for slot in 0..new.refcounts_per_block() {
-                let count = self.alloc.count(&mut self.main, first.saturating_add(slot))?;
+                let count = this.alloc.count(&mut this.main, first.saturating_add(slot))?;
                 if count != 0 {
                     set_count(&mut block, new.refcount_order(), slot as usize, count);
                 }
             }
-            self.main.write(at, &block)?;
+            Ok(this.main.write(at, &block)?)
+        })
+    }
+
+    /// Walks over the counts, one of the new blocks after the other; each step is an entry of the old table.
+    fn walk(
+        &mut self,
+        new: Geometry,
+        walk: u64,
+        walks: u64,
+        steps: &mut Steps<'_>,
+        visit: &mut dyn FnMut(&mut Self, u64) -> Result<()>,
+    ) -> Result<()> {
+        let per_old_block = self.header.geometry.refcounts_per_block();
+        let (mut index, mut old_index) = (0u64, 0u64);
+        // The table may grow on the way.
+        while old_index * per_old_block < self.alloc.covered() {
+            let entries = self.alloc.covered() / per_old_block;
+            steps.step(walk * entries + old_index, walks * entries);
+            old_index += 1;
+            let end = old_index * per_old_block;
+            while (index + 1) * new.refcounts_per_block() <= end {
+                visit(self, index)?;
+                index += 1;
+            }
         }
+        if index * new.refcounts_per_block() < self.alloc.covered() {
+            visit(self, index)?;
+        }
+        let entries = self.alloc.covered() / per_old_block;
+        steps.step((walk + 1) * entries, walks * entries);
         Ok(())
     }
 }

@@ -21,7 +21,7 @@ pub fn run<P: Platform>(platform: &P, request: &AmendRequest) -> Result<EditRepl
                 let done = amend(platform, &mut image, options, request.progress);
                 image.close(done)
             }
-            None => Ok(EditReply { format: Format::Qcow2.into() }),
+            None => Ok(EditReply { format: Format::Qcow2.into(), ..EditReply::default() }),
         },
         Editable::Other(format) => {
             Err(Failure { format: format.into(), ..failure(Step::Edit, Cause::AmendUnsupported) })
@@ -43,13 +43,19 @@ fn amend<P: Platform>(platform: &P, image: &mut Qcow2<P>, wanted: &WireOptions, 
         backing_format: wanted.backing_format.clone(),
         size: wanted.size,
     };
-    let mut told = None;
-    let mut report = |done: u64, total: u64| {
-        // Every message costs an exit, so only what can be seen is told.
-        let percent = done.saturating_mul(100) / total.max(1);
-        if progress && told != Some(percent) {
-            told = Some(percent);
+    let tell = |done: u64, total: u64| {
+        if progress {
             platform.call(&Call { kind: Some(call::Kind::Progress(Progress { done, total })) });
+        }
+    };
+    tell(0, 1);
+    // Every message costs an exit, so only what can be seen is told, by qemu-img's rule.
+    let mut told = 0.0;
+    let mut report = |done: u64, total: u64| {
+        let percent = done as f64 * 100.0 / total.max(1) as f64;
+        if percent - told >= 1.0 || percent < told || percent >= 100.0 {
+            told = percent;
+            tell(done, total);
         }
     };
     let Qcow2 { writer, bitmaps, .. } = image;
@@ -84,6 +90,8 @@ fn of(error: AmendError) -> Failure {
         AmendError::DowngradeFeatures(bits) => {
             return Failure { value2: bits, ..refused(AmendRefusal::DowngradeFeatures) };
         }
+        AmendError::SizeUnaligned => AmendRefusal::SizeUnaligned,
+        AmendError::SizeNegative => AmendRefusal::SizeNegative,
         _ => AmendRefusal::Unspecified,
     };
     refused(refusal)

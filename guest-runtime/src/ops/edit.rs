@@ -1,5 +1,7 @@
 //! What the operations that change an image in place have in common: opening it for writing, and closing it.
 
+use alloc::vec::Vec;
+
 use instar_blockio::FileId;
 use instar_guest_protocol::limits::MAX_CHAIN_DEPTH;
 use instar_guest_protocol::message::{Cause, EditReply, Failure, Format, Source, Step};
@@ -76,7 +78,7 @@ impl<P: Platform> Qcow2<P> {
         let failed = |error| qcow2_failure(Step::Edit, self.id, error);
         let stored = self.writer.store_bitmaps(&mut self.bitmaps).map_err(failed);
         let finished = self.writer.finish().map_err(failed);
-        done.and(stored).and(finished).map(|()| EditReply { format: Format::Qcow2.into() })
+        done.and(stored).and(finished).map(|()| EditReply { format: Format::Qcow2.into(), snapshots: Vec::new() })
     }
 
     /// Why the image can't be changed.

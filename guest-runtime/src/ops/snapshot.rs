@@ -1,8 +1,12 @@
-//! `snapshot`: making, applying and deleting internal snapshots. Listing is [`info`](super::info)'s work.
+//! `snapshot`: making, applying, deleting and listing internal snapshots.
 
-use instar_guest_protocol::message::{Cause, EditReply, Failure, SnapshotAction, SnapshotRequest, Step};
+use alloc::vec::Vec;
+
+use instar_blockio::FileId;
+use instar_guest_protocol::message::{Cause, EditReply, Failure, SnapshotAction, SnapshotRequest, Source, Step};
 use instar_qcow2::{NewSnapshot, SnapshotSelector};
 
+use crate::formats::{open_named, qcow2_failure, snapshot_info};
 use crate::ops::edit::{self, Editable, Qcow2};
 use crate::ops::failure::failure;
 use crate::platform::Platform;
@@ -12,6 +16,9 @@ use crate::platform::Platform;
 /// # Errors
 /// What the host makes its message of.
 pub fn run<P: Platform>(platform: &P, request: &SnapshotRequest) -> Result<EditReply, Failure> {
+    if request.action() == SnapshotAction::List {
+        return list(platform, &request.image);
+    }
     match edit::open(platform, &request.image)? {
         Editable::Qcow2(mut image) => {
             let done = act(&mut image, request);
@@ -21,6 +28,16 @@ pub fn run<P: Platform>(platform: &P, request: &SnapshotRequest) -> Result<EditR
             Err(Failure { format: format.into(), ..failure(Step::Edit, Cause::SnapshotsUnsupported) })
         }
     }
+}
+
+fn list<P: Platform>(platform: &P, source: &Source) -> Result<EditReply, Failure> {
+    let image = open_named(platform, source)?;
+    edit::open_chain(platform, source, &*image)?;
+    let found = match image.as_qcow2() {
+        Some(qcow2) => qcow2.snapshots().map_err(|error| qcow2_failure(Step::Open, FileId(source.device), error))?,
+        None => Vec::new(),
+    };
+    Ok(EditReply { format: image.format().into(), snapshots: found.into_iter().map(snapshot_info).collect() })
 }
 
 fn act<P: Platform>(image: &mut Qcow2<P>, request: &SnapshotRequest) -> Result<(), Failure> {
@@ -35,7 +52,7 @@ fn act<P: Platform>(image: &mut Qcow2<P>, request: &SnapshotRequest) -> Result<(
         }
         SnapshotAction::Apply => image.writer.apply_snapshot(SnapshotSelector::IdOrName(name)),
         SnapshotAction::Delete => image.writer.delete_snapshot(SnapshotSelector::Exact { id: None, name: Some(name) }),
-        SnapshotAction::Unspecified => return Err(failure(Step::Edit, Cause::BadRequest)),
+        SnapshotAction::List | SnapshotAction::Unspecified => return Err(failure(Step::Edit, Cause::BadRequest)),
     };
     done.map_err(|error| image.failure(error))
 }
