@@ -73,6 +73,20 @@ pub enum Key {
     ProgressForm,
     Chain,
     Safety,
+    List,
+    CreateSnapshot,
+    ApplySnapshot,
+    DeleteSnapshot,
+    Add,
+    Remove,
+    Clear,
+    Enable,
+    Disable,
+    Merge,
+    Granularity,
+    SourceFile,
+    SourceFormat,
+    Force,
 }
 
 impl Opt {

@@ -10,7 +10,7 @@ use instar_guest_protocol::message::{FileRole, Format, OpenFile};
 use crate::confine::Confinement;
 use crate::image_opts::ImageSpec;
 use crate::lock::Purpose;
-use crate::open::{Opened, Stat, join_name, open_to_read};
+use crate::open::{Opened, Stat, join_name, open_to_read, open_to_write};
 use crate::problem::{Problem, printable};
 use crate::sandbox::{Granted, Machine};
 
@@ -130,14 +130,36 @@ impl Files {
     /// # Errors
     /// The message, without `Could not open 'F'` around it.
     pub fn open_named(&mut self, machine: &mut dyn Machine, spec: &ImageSpec, access: Access) -> Result<u32, Problem> {
-        let path = Path::new(&spec.file);
-        let mut file = open_to_read(path)?;
+        let file = open_to_read(Path::new(&spec.file))?;
+        self.grant_named(machine, spec, access, file, false)
+    }
+
+    /// Opens and grants an image that the operator named, to be changed in place.
+    ///
+    /// # Errors
+    /// The message, without `Could not open 'F'` around it.
+    pub fn open_to_change(&mut self, machine: &mut dyn Machine, spec: &ImageSpec) -> Result<u32, Problem> {
+        if spec.force_share {
+            return Err(Problem::new("force-share=on can only be used with read-only images"));
+        }
+        let file = open_to_write(Path::new(&spec.file))?;
+        self.grant_named(machine, spec, Access { purpose: Purpose::Write, force_share: false }, file, true)
+    }
+
+    fn grant_named(
+        &mut self,
+        machine: &mut dyn Machine,
+        spec: &ImageSpec,
+        access: Access,
+        mut file: Opened,
+        writable: bool,
+    ) -> Result<u32, Problem> {
         let lock_problem = match access.force_share || spec.force_share {
             true => None,
             false => take_locks(&mut file, access.purpose, spec.format, &spec.file)?,
         };
-        let home = self.confinement.allow_home_of(path)?;
-        let granted = machine.grant(file.fd.as_fd(), false)?;
+        let home = self.confinement.allow_home_of(Path::new(&spec.file))?;
+        let granted = machine.grant(file.fd.as_fd(), writable)?;
         let record = Record { name: spec.file.clone(), file, origin: Origin::Operator, home, depth: 1, lock_problem };
         self.records.insert(granted.device, record);
         Ok(granted.device)

@@ -44,6 +44,18 @@ impl ImageSpec {
         parsed.map_err(|problem| problem.within(format!("Could not open '{name}'")))
     }
 
+    /// An image by operand: a file name with `-f` if given, or `--image-opts`.
+    ///
+    /// # Errors
+    /// The message, complete.
+    pub fn of_operand(text: &str, image_opts: bool, format: Option<&str>) -> Result<Self, Problem> {
+        match (image_opts, format) {
+            (true, Some(_)) => Err(Problem::new("--image-opts and --format are mutually exclusive")),
+            (true, None) => Self::of_opts(text),
+            (false, format) => Self::of_file(text, format),
+        }
+    }
+
     /// An image by `--image-opts`.
     ///
     /// # Errors

@@ -14,6 +14,7 @@ mod commands;
 mod config;
 mod confine;
 mod creation;
+mod edit;
 mod files;
 mod formats;
 mod guest;

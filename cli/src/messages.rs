@@ -1,5 +1,7 @@
 //! What qemu-img says: texts made of typed causes. The guest sends no text of its own.
 
+pub mod edit;
+
 use instar_guest_protocol::message::{BitmapFault, Cause, Failure, Field, Format, OptionError, Step};
 
 use crate::formats;

@@ -131,6 +131,26 @@ impl Options {
     /// # Errors
     /// The message of the first bad element.
     pub fn parse(format: Creatable, list: &OptionList) -> Result<Self, crate::problem::Problem> {
+        Self::parse_by(format, list, &|key| all(format).find(|spec| spec.name == key))
+    }
+
+    /// Parses a list of changes to an image of a format, of which only those of `specs` can be made.
+    ///
+    /// # Errors
+    /// The message of the first bad element.
+    pub fn parse_changes(
+        format: Creatable,
+        specs: &'static [Spec],
+        list: &OptionList,
+    ) -> Result<Self, crate::problem::Problem> {
+        Self::parse_by(format, list, &|key| specs.iter().find(|spec| spec.name == key))
+    }
+
+    fn parse_by(
+        format: Creatable,
+        list: &OptionList,
+        find: &dyn Fn(&str) -> Option<&'static Spec>,
+    ) -> Result<Self, crate::problem::Problem> {
         let mut options = Self { format, values: Vec::new() };
         for (key, value) in list.elements() {
             let (key, value) = match (value, key.strip_prefix("no")) {
@@ -138,8 +158,13 @@ impl Options {
                 (None, Some(positive)) => (positive, "off".to_owned()),
                 (None, None) => (key.as_str(), "on".to_owned()),
             };
-            let spec = all(format).find(|spec| spec.name == key);
-            let spec = spec.ok_or_else(|| crate::problem::Problem::new(format!("Invalid parameter '{key}'")))?;
+            let Some(spec) = find(key) else {
+                let problem = crate::problem::Problem::new(format!("Invalid parameter '{key}'"));
+                return Err(match format.options.iter().any(|spec| spec.name == key) {
+                    true => problem.with_hint("This option is only supported for image creation"),
+                    false => problem,
+                });
+            };
             options.set(spec, parse_value(spec, value)?);
         }
         Ok(options)
@@ -274,11 +299,29 @@ pub fn help(format: Creatable, with_file: bool) -> String {
         specs.retain(|spec| spec.name != "size");
         specs.push(&FILE[0]);
     }
-    specs.sort_by_key(|spec| spec.name);
     let mut text = match with_file {
         true => "Supported options:\n".to_owned(),
         false => format!("Supported {} options:\n", format.name()),
     };
+    text.push_str(&lines(&specs));
+    if !with_file {
+        text.push_str(
+            "\nThe protocol level may support further options.\nSpecify the target filename to include those options.\n",
+        );
+    }
+    text
+}
+
+/// `amend -f FMT -o help`.
+pub fn help_on_changes(format: &str, specs: &[Spec]) -> String {
+    format!("Amend options for '{format}':\n{}", lines(&specs.iter().collect::<Vec<&Spec>>()))
+}
+
+/// A line for each option, by name.
+fn lines(specs: &[&Spec]) -> String {
+    let mut specs = specs.to_vec();
+    specs.sort_by_key(|spec| spec.name);
+    let mut text = String::new();
     for spec in specs {
         let kind = match spec.kind {
             Kind::Text => "str",
@@ -288,11 +331,6 @@ pub fn help(format: Creatable, with_file: bool) -> String {
         };
         let left = format!("  {}=<{kind}>", spec.name);
         text.push_str(&format!("{left:<24} - {}\n", spec.help));
-    }
-    if !with_file {
-        text.push_str(
-            "\nThe protocol level may support further options.\nSpecify the target filename to include those options.\n",
-        );
     }
     text
 }

@@ -454,16 +454,22 @@ impl<D: BlockWrite> Writer<D> {
         Ok(self.alloc.free(&mut self.main, self.alloc.touched(old.offset.0, old.len))?)
     }
 
-    /// Frees a bitmap table and the clusters that it names.
+    /// Frees a bitmap table and the clusters that it names, whose space is given back. The header names it no more.
     fn free_table(&mut self, (table, entries): (HostOffset, u32)) -> Result<()> {
         let mut bytes = zeroed(entries as usize * 8)?;
         self.main.read(table.0, &mut bytes)?;
+        let mut freed = Vec::new();
         for entry in bytes.as_chunks::<8>().0 {
             // What can't be decoded belongs to a bitmap that was never valid: it leaks.
             if let Ok(BitmapRunKind::Data(host)) = bitmap::decode(self.header.geometry, u64::from_be_bytes(*entry)) {
-                self.alloc.free(&mut self.main, self.alloc.touched(host.0, 1))?;
+                let span = self.alloc.touched(host.0, 1);
+                if self.alloc.lower(&mut self.main, span.first)? == 0 {
+                    freed.try_reserve(1).map_err(|_| Error::OutOfMemory)?;
+                    freed.push(span);
+                }
             }
         }
+        self.give_back(&freed)?;
         Ok(self.alloc.free(&mut self.main, self.alloc.touched(table.0, bytes.len() as u64))?)
     }
 }

@@ -149,7 +149,7 @@ impl<D: BlockWrite> Writer<D> {
     }
 
     /// Makes lowered counts durable, then gives back the space of what they freed.
-    fn give_back(&mut self, freed: &[Span]) -> blockio::Result<()> {
+    pub(crate) fn give_back(&mut self, freed: &[Span]) -> blockio::Result<()> {
         self.alloc.write_blocks(&mut self.main)?;
         self.main.flush()?;
         let bits = self.header.geometry.cluster_bits();

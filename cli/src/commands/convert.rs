@@ -8,7 +8,7 @@ use instar_guest_protocol::message::{
     SnapshotSelector, Source, Step, Target, reply, request,
 };
 
-use super::{CommandLine, Objects, Settings};
+use super::{CommandLine, Objects, Settings, is_cache_mode};
 use crate::args::{Key, Opt};
 use crate::creation::{self, creatable};
 use crate::files::{Access, Files, Refusal};
@@ -192,10 +192,6 @@ fn snapshot_selector(program: &Program, text: &str) -> Result<SnapshotSelector, 
         }
     }
     Ok(selector)
-}
-
-fn is_cache_mode(mode: &str) -> bool {
-    matches!(mode, "none" | "off" | "writeback" | "writethrough" | "directsync" | "unsafe")
 }
 
 /// Runs the command.

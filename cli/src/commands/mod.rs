@@ -1,9 +1,12 @@
 //! The commands, and what their command lines have in common.
 
+pub mod amend;
+pub mod bitmap;
 pub mod convert;
 pub mod create;
 pub mod info;
 mod object;
+pub mod snapshot;
 
 pub use object::Objects;
 
@@ -63,8 +66,17 @@ pub fn run(program: &Program, settings: Settings, name: &str, args: &[String]) -
         "info" => info::run(program, settings, args),
         "convert" => convert::run(program, settings, args),
         "create" => create::run(program, settings, args),
-        "amend" | "bench" | "bitmap" | "check" | "commit" | "compare" | "dd" | "map" | "measure" | "rebase"
-        | "resize" | "snapshot" => Err(Fail::from(format!("The command '{name}' is not provided by this version"))),
+        "amend" => amend::run(program, settings, args),
+        "bitmap" => bitmap::run(program, settings, args),
+        "snapshot" => snapshot::run(program, settings, args),
+        "bench" | "check" | "commit" | "compare" | "dd" | "map" | "measure" | "rebase" | "resize" => {
+            Err(Fail::from(format!("The command '{name}' is not provided by this version")))
+        }
         _ => return None,
     })
+}
+
+/// Is it one of the words that `-t` and `-T` take?
+pub fn is_cache_mode(mode: &str) -> bool {
+    matches!(mode, "none" | "off" | "writeback" | "writethrough" | "directsync" | "unsafe")
 }

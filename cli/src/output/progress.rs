@@ -67,10 +67,21 @@ impl ProgressLine {
         }
     }
 
+    /// Shows how far the work is, whatever was shown last: the steps of an amendment may be estimated anew.
+    pub fn step(&mut self, done: u64, total: u64) {
+        self.last = (done.min(total) as f64) * 100.0 / (total.max(1) as f64);
+        self.print(self.last, 0, 0);
+    }
+
     /// The work is done.
     pub fn complete(&mut self) {
         self.last = 100.0;
         self.print(100.0, 0, 0);
+    }
+
+    /// The caller ends the line.
+    pub fn leave_open(mut self) {
+        self.show = Show::Nothing;
     }
 
     // Not being able to show progress is no reason to stop; the end of the command checks the output.

@@ -288,7 +288,7 @@ fn luks(header: &LuksInfo, version: QemuVersion) -> Vec<(&'static str, Node)> {
 }
 
 /// A date and time in the time zone of the user.
-fn local_time(seconds: u32) -> String {
+pub fn local_time(seconds: u32) -> String {
     let Ok(stamp) = jiff::Timestamp::from_second(seconds.into()) else { return String::new() };
     stamp.to_zoned(jiff::tz::TimeZone::system()).strftime("%Y-%m-%d %H:%M:%S").to_string()
 }
