@@ -8,7 +8,7 @@ use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 use core::fmt;
 
-use instar_blockio::BlockWrite;
+use instar_blockio::{BlockWrite, ErrorKind};
 use zerocopy::IntoBytes;
 
 use crate::addr::HostOffset;
@@ -460,12 +460,14 @@ impl<D: BlockWrite> Writer<D> {
         self.main.read(table.0, &mut bytes)?;
         let mut freed = Vec::new();
         for entry in bytes.as_chunks::<8>().0 {
-            // What can't be decoded belongs to a bitmap that was never valid: it leaks.
+            // What can't be decoded or is free already belongs to a bitmap that was never valid.
             if let Ok(BitmapRunKind::Data(host)) = bitmap::decode(self.header.geometry, u64::from_be_bytes(*entry)) {
                 let span = self.alloc.touched(host.0, 1);
-                if self.alloc.lower(&mut self.main, span.first)? == 0 {
-                    freed.try_reserve(1).map_err(|_| Error::OutOfMemory)?;
-                    freed.push(span);
+                match self.alloc.lower(&mut self.main, span.first) {
+                    Ok(0) => freed.push(span),
+                    Ok(_) => {}
+                    Err(error) if error.kind() == ErrorKind::Corrupt => {}
+                    Err(error) => return Err(error.into()),
                 }
             }
         }

@@ -1,5 +1,6 @@
 //! What the operations that change an image in place have in common: opening it for writing, and closing it.
 
+use alloc::boxed::Box;
 use alloc::vec::Vec;
 
 use instar_blockio::FileId;
@@ -16,7 +17,7 @@ use crate::platform::Platform;
 /// An image that is changed in place.
 pub(super) enum Editable<P: Platform> {
     /// One of qcow2.
-    Qcow2(Qcow2<P>),
+    Qcow2(Box<Qcow2<P>>),
     /// One of another format, in which these operations change nothing.
     Other(Format),
 }
@@ -34,7 +35,7 @@ pub(super) fn open<P: Platform>(platform: &P, source: &Source) -> Result<Editabl
     let id = FileId(source.device);
     let image = open_named(platform, source)?;
     let opened = match image.as_qcow2() {
-        Some(qcow2) => Editable::Qcow2(open_qcow2(platform, id, qcow2)?),
+        Some(qcow2) => Editable::Qcow2(Box::new(open_qcow2(platform, id, qcow2)?)),
         None => Editable::Other(image.format()),
     };
     open_chain(platform, source, &*image)?;
