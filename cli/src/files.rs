@@ -1,7 +1,6 @@
 //! The files of a run: which device is which file, who named it, and what went wrong with the ones that were asked for.
 
 use std::collections::BTreeMap;
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use instar_guest_protocol::limits::MAX_CHAIN_DEPTH;
@@ -130,7 +129,10 @@ impl Files {
     /// # Errors
     /// The message, without `Could not open 'F'` around it.
     pub fn open_named(&mut self, machine: &mut dyn Machine, spec: &ImageSpec, access: Access) -> Result<u32, Problem> {
-        let file = open_to_read(Path::new(&spec.file))?;
+        let file = match &spec.nbd {
+            Some(address) => Opened::of_nbd(address)?,
+            None => open_to_read(Path::new(&spec.file))?,
+        };
         self.grant_named(machine, spec, access, file, false)
     }
 
@@ -142,7 +144,10 @@ impl Files {
         if spec.force_share {
             return Err(Problem::new("force-share=on can only be used with read-only images"));
         }
-        let file = open_to_write(Path::new(&spec.file))?;
+        let file = match &spec.nbd {
+            Some(address) => Opened::of_nbd(address)?,
+            None => open_to_write(Path::new(&spec.file))?,
+        };
         self.grant_named(machine, spec, Access { purpose: Purpose::Write, force_share: false }, file, true)
     }
 
@@ -158,8 +163,14 @@ impl Files {
             true => None,
             false => take_locks(&mut file, access.purpose, spec.format, &spec.file)?,
         };
-        let home = self.confinement.allow_home_of(Path::new(&spec.file))?;
-        let granted = machine.grant(file.fd.as_fd(), writable)?;
+        let home = match &spec.nbd {
+            // What lies there names files beneath the allowed directories, if any.
+            Some(_) => PathBuf::from("/"),
+            None => self.confinement.allow_home_of(Path::new(&spec.file))?,
+        };
+        let granted = file.grant(machine, writable)?;
+        // Of a device only the grant tells it.
+        file.stat.len = granted.len;
         let record = Record { name: spec.file.clone(), file, origin: Origin::Operator, home, depth: 1, lock_problem };
         self.records.insert(granted.device, record);
         Ok(granted.device)
@@ -215,7 +226,8 @@ impl Files {
             true => None,
             false => take_locks(&mut file, access.purpose, wanted.format(), shown)?,
         };
-        let granted = machine.grant(file.fd.as_fd(), false)?;
+        let granted = file.grant(machine, false)?;
+        file.stat.len = granted.len;
         self.records.insert(granted.device, Record { name, file, origin, home: confined.dir, depth, lock_problem });
         Ok(granted)
     }

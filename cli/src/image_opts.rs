@@ -5,6 +5,7 @@ use serde_json::Value;
 
 use crate::formats::{self, Driver};
 use crate::messages;
+use crate::nbd::Address;
 use crate::open;
 use crate::options::split;
 use crate::problem::Problem;
@@ -22,6 +23,8 @@ pub struct ImageSpec {
     pub format: Format,
     /// No locks are taken.
     pub force_share: bool,
+    /// It is not a file but this NBD export.
+    pub nbd: Option<Address>,
     /// A key for an encrypted image was named.
     pub has_key: bool,
 }
@@ -75,10 +78,27 @@ impl ImageSpec {
 
     fn plain(name: &str, format: Option<&str>) -> Result<Self, Problem> {
         let format = format.map_or(Ok(Format::Unknown), driver_format)?;
+        if let Some(address) = Address::parse(name)? {
+            return Ok(Self::of_nbd(name, address, format, false));
+        }
         let path = open::path_of(name)?;
         let file = path.display().to_string();
         refuse_by_name(&file, format)?;
-        Ok(Self { given: name.to_owned(), shown: file.clone(), file, format, force_share: false, has_key: false })
+        Ok(Self {
+            given: name.to_owned(),
+            shown: file.clone(),
+            file,
+            format,
+            force_share: false,
+            nbd: None,
+            has_key: false,
+        })
+    }
+
+    fn of_nbd(given: &str, address: Address, format: Format, has_key: bool) -> Self {
+        let shown = address.shown();
+        let (given, file) = (given.to_owned(), shown.clone());
+        Self { given, file, shown, format, force_share: false, nbd: Some(address), has_key }
     }
 
     fn of_keys(given: &str, keys: &[(String, String)]) -> Result<Self, Problem> {
@@ -104,10 +124,13 @@ struct Keys {
     unknown: Option<String>,
     unknown_of_file: Option<String>,
     refused: Option<String>,
+    /// All of them, as given.
+    given: Vec<(String, String)>,
 }
 
 impl Keys {
     fn take(&mut self, key: &str, value: &str) -> Result<(), Problem> {
+        self.given.push((key.to_owned(), value.to_owned()));
         match key {
             "driver" => self.driver = Some(value.to_owned()),
             "file" => return Err(no_node(value)),
@@ -149,7 +172,27 @@ impl Keys {
         }
     }
 
+    /// The address, if it is an NBD export by itself (`driver=nbd`) or below a format (`file.driver=nbd`).
+    fn nbd(&self) -> Result<Option<(Address, Format)>, Problem> {
+        let (prefix, format) = match (self.driver.as_deref(), self.file_driver.as_deref()) {
+            (Some("nbd"), _) => ("", Format::File),
+            (driver, Some("nbd")) => ("file.", driver.map_or(Ok(Format::Unknown), driver_format)?),
+            _ => return Ok(None),
+        };
+        let own = self.given.iter().filter_map(|(key, value)| Some((key.strip_prefix(prefix)?, value)));
+        let own = own.filter(|(key, _)| *key != "driver" && !COMMON.contains(key));
+        let own: Vec<(String, String)> = own.map(|(key, value)| (key.to_owned(), value.clone())).collect();
+        Ok(Some((Address::of_options(&own)?, format)))
+    }
+
+    fn has_key(&self) -> bool {
+        self.encryption.iter().any(|(key, _)| key.ends_with("key-secret"))
+    }
+
     fn finish(self, given: &str) -> Result<ImageSpec, Problem> {
+        if let Some((address, format)) = self.nbd()? {
+            return Ok(ImageSpec::of_nbd(given, address, format, self.has_key()));
+        }
         let driver = self.driver.as_deref();
         if driver.is_none() && !self.has_file {
             return Err(Problem::new("Must specify either driver or file"));
@@ -185,13 +228,14 @@ impl Keys {
         if let Some(key) = self.refused {
             return Err(Problem::new(format!("The option '{key}' is not provided by this version")));
         }
-        let has_key = self.encryption.iter().any(|(key, _)| key.ends_with("key-secret"));
+        let has_key = self.has_key();
         Ok(ImageSpec {
             given: given.to_owned(),
             file: file.to_owned(),
             shown: if has_key { json_name(&self.encryption, driver, file) } else { file.to_owned() },
             format,
             force_share: self.force_share || self.unshared,
+            nbd: None,
             has_key,
         })
     }

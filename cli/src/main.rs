@@ -21,6 +21,7 @@ mod guest;
 mod image_opts;
 mod lock;
 mod messages;
+mod nbd;
 mod open;
 mod options;
 mod output;

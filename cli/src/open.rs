@@ -3,12 +3,15 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use instar_vmm::NbdExport;
 use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat};
 use rustix::io::Errno;
 
 use crate::cleanup::Leftovers;
 use crate::lock::{self, Purpose};
-use crate::problem::Problem;
+use crate::nbd::Address;
+use crate::problem::{Problem, os_text};
+use crate::sandbox::{Granted, Machine};
 
 /// What kind of file it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +24,8 @@ pub enum FileKind {
     Character,
     /// Directory, FIFO, socket.
     Other,
+    /// An NBD export.
+    Nbd,
 }
 
 /// Facts of an open file.
@@ -67,12 +72,36 @@ pub struct Opened {
     pub stat: Stat,
     /// Locks were taken.
     locked: bool,
+    /// What the file descriptor is the socket of.
+    export: Option<NbdExport>,
 }
 
 impl Opened {
     /// Keeps an open file.
     pub fn new(fd: OwnedFd, stat: Stat) -> Self {
-        Self { fd, stat, locked: false }
+        Self { fd, stat, locked: false, export: None }
+    }
+
+    /// Connects to an NBD export.
+    ///
+    /// # Errors
+    /// As [`Address::connect`].
+    pub fn of_nbd(address: &Address) -> Result<Self, Problem> {
+        let (fd, export) = address.connect()?;
+        let socket = Stat::of(fd.as_fd()).map_err(|errno| Problem::new(os_text(errno.raw_os_error())))?;
+        let stat = Stat { kind: FileKind::Nbd, len: export.len, ..socket };
+        Ok(Self { fd, stat, locked: false, export: Some(export) })
+    }
+
+    /// Gives it to the guest.
+    ///
+    /// # Errors
+    /// As [`Machine::grant`].
+    pub fn grant(&self, machine: &mut dyn Machine, writable: bool) -> Result<Granted, Problem> {
+        match &self.export {
+            Some(export) => machine.grant_nbd(self.fd.as_fd(), export, writable),
+            None => machine.grant(self.fd.as_fd(), writable),
+        }
     }
 
     /// Takes locks; `name` is what messages call the file.
@@ -80,6 +109,10 @@ impl Opened {
     /// # Errors
     /// Another process holds a lock against it.
     pub fn lock(&mut self, purpose: Purpose, name: &str) -> Result<(), Problem> {
+        if self.export.is_some() {
+            // The server knows who else uses it.
+            return Ok(());
+        }
         self.locked = true;
         lock::acquire(self.fd.as_fd(), purpose, name)
     }
@@ -103,6 +136,9 @@ pub fn path_of(name: &str) -> Result<PathBuf, Problem> {
         None => name,
         Some("file") => &name["file:".len()..],
         Some("host_device") => &name["host_device:".len()..],
+        Some("nbd" | "nbd+tcp" | "nbd+unix") => {
+            return Err(Problem::new("An NBD export can only be read, or written where it exists (convert -n)"));
+        }
         Some(known) if PROTOCOLS.contains(&known) => {
             return Err(Problem::new(format!("Protocol '{known}' is not provided: images are opened as files only")));
         }
@@ -137,9 +173,6 @@ const PROTOCOLS: &[&str] = &[
     "https",
     "iscsi",
     "iser",
-    "nbd",
-    "nbd+tcp",
-    "nbd+unix",
     "nfs",
     "null-aio",
     "null-co",
@@ -178,7 +211,7 @@ fn open_existing(path: &Path, mode: OFlags) -> Result<Opened, Problem> {
     let stat = Stat::of(fd.as_fd()).map_err(|errno| Problem::file("open", &name, errno))?;
     match stat.kind {
         FileKind::Regular | FileKind::Block => Ok(Opened::new(fd, stat)),
-        FileKind::Character | FileKind::Other => Err(not_regular()),
+        FileKind::Character | FileKind::Other | FileKind::Nbd => Err(not_regular()),
     }
 }
 
@@ -209,7 +242,7 @@ pub fn create(
     let mut file = Opened::new(fd, stat);
     match stat.kind {
         FileKind::Regular | FileKind::Block => {}
-        FileKind::Character | FileKind::Other => {
+        FileKind::Character | FileKind::Other | FileKind::Nbd => {
             let name = path.display();
             return Err(Problem::new(format!("'file' driver requires '{name}' to be a regular file")));
         }
@@ -217,9 +250,8 @@ pub fn create(
     file.lock(Purpose::Write, shown)?;
     check(&stat)?;
     if stat.kind == FileKind::Regular {
-        rustix::fs::ftruncate(file.fd.as_fd(), 0).map_err(|errno| {
-            Problem::new(format!("Could not resize file: {}", crate::problem::os_text(errno.raw_os_error())))
-        })?;
+        rustix::fs::ftruncate(file.fd.as_fd(), 0)
+            .map_err(|errno| Problem::new(format!("Could not resize file: {}", os_text(errno.raw_os_error()))))?;
     }
     Ok(file)
 }
@@ -252,7 +284,8 @@ mod tests {
         assert_eq!(path_of("./nbd:foo").unwrap(), Path::new("./nbd:foo"));
         assert_eq!(path_of("file:x").unwrap(), Path::new("x"));
         assert_eq!(path_of("nosuch:thing").unwrap_err().to_string(), "Unknown protocol 'nosuch'");
-        assert!(path_of("nbd:x").unwrap_err().to_string().contains("not provided"));
+        assert!(path_of("nbd:x").unwrap_err().to_string().contains("convert -n"));
+        assert!(path_of("ssh://x").unwrap_err().to_string().contains("not provided"));
         assert_eq!(path_of("").unwrap_err().to_string(), "The 'file' block driver requires a file name");
     }
 

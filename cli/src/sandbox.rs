@@ -4,7 +4,7 @@ use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use instar_guest_protocol::message::{Call, Failure, OpenAnswer, OpenFile, Progress, Reply, Request, call, reply};
-use instar_vmm::{Error, Event, Sandbox, Settings};
+use instar_vmm::{Error, Event, NbdExport, Sandbox, Settings};
 use prost::Message;
 
 use crate::guest::Guest;
@@ -86,6 +86,12 @@ pub trait Machine {
     /// The machine could not be made, or is gone.
     fn grant(&mut self, file: BorrowedFd<'_>, writable: bool) -> Result<Granted, Problem>;
 
+    /// Gives the guest an NBD export.
+    ///
+    /// # Errors
+    /// As [`grant`](Self::grant).
+    fn grant_nbd(&mut self, socket: BorrowedFd<'_>, export: &NbdExport, writable: bool) -> Result<Granted, Problem>;
+
     /// Starts the guest.
     ///
     /// # Errors
@@ -140,6 +146,10 @@ impl Vm {
 impl Machine for Vm {
     fn grant(&mut self, file: BorrowedFd<'_>, writable: bool) -> Result<Granted, Problem> {
         self.sandbox.grant(file, writable).map_err(|error| self.problem(&error))
+    }
+
+    fn grant_nbd(&mut self, socket: BorrowedFd<'_>, export: &NbdExport, writable: bool) -> Result<Granted, Problem> {
+        self.sandbox.grant_nbd(socket, export, writable).map_err(|error| self.problem(&error))
     }
 
     fn start(&mut self, request: &[u8]) -> Result<(), Problem> {
@@ -286,6 +296,10 @@ pub mod fake {
             self.granted += 1;
             let flags = if writable { instar_vmm::DeviceFlags::WRITABLE } else { instar_vmm::DeviceFlags::empty() };
             Ok(Granted { device, len: 0, flags })
+        }
+
+        fn grant_nbd(&mut self, socket: BorrowedFd<'_>, _: &NbdExport, writable: bool) -> Result<Granted, Problem> {
+            self.grant(socket, writable)
         }
 
         fn start(&mut self, _: &[u8]) -> Result<(), Problem> {

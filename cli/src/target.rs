@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::cleanup::Leftovers;
 use crate::creation::Layout;
 use crate::files::Files;
+use crate::image_opts::ImageSpec;
 use crate::lock::Purpose;
 use crate::open::{self, Opened};
 use crate::problem::Problem;
@@ -93,10 +94,17 @@ impl NewTarget {
 ///
 /// # Errors
 /// The message, without the target's name around it.
-pub fn open_existing(machine: &mut dyn Machine, file: &str, sources: &Files) -> Result<(Opened, Granted), Problem> {
-    let mut opened = open::open_to_write(Path::new(file))?;
-    opened.lock(Purpose::Write, file)?;
+pub fn open_existing(
+    machine: &mut dyn Machine,
+    spec: &ImageSpec,
+    sources: &Files,
+) -> Result<(Opened, Granted), Problem> {
+    let mut opened = match &spec.nbd {
+        Some(address) => Opened::of_nbd(address)?,
+        None => open::open_to_write(Path::new(&spec.file))?,
+    };
+    opened.lock(Purpose::Write, &spec.file)?;
     sources.check_target(&opened.stat)?;
-    let granted = machine.grant(opened.fd.as_fd(), true)?;
+    let granted = opened.grant(machine, true)?;
     Ok((opened, granted))
 }

@@ -49,6 +49,7 @@ pub use instar_guest_protocol::boot::DeviceFlags;
 pub use instar_guest_protocol::ring::RequestKind;
 pub use sandbox::{Event, Granted, Sandbox};
 pub use stats::{DeviceTraffic, Phases, Report, Stats, Traffic, Usage};
+pub use virtio::NbdExport;
 
 /// The example of the README.
 #[cfg(doctest)]

@@ -21,7 +21,7 @@ use crate::memory::GuestMemory;
 use crate::paging;
 use crate::rawio;
 use crate::stats::Phases;
-use crate::virtio::{Device, DeviceTable};
+use crate::virtio::{Device, DeviceTable, NbdExport};
 use crate::vm::{HostPort, Machine, kvm_failure};
 use crate::watchdog::Progress;
 use crate::wire::{Cause, Channel, Failure, Header, Kind, Reason};
@@ -139,7 +139,7 @@ impl Host {
             let (header, file) = self.0.receive(at_once).unwrap_or_else(|_| process::exit(STATUS_ALONE));
             if header.kind() == Some(Kind::Grant) && header.len == 0 {
                 let flags = DeviceFlags::from_bits_truncate(header.flags);
-                self.take_file(machine, file, header.value, flags);
+                self.take_file(machine, file, &header, flags);
             } else if header.kind() == Some(kind) && header.len as usize <= limit {
                 let mut body = vec![0; header.len as usize];
                 self.0.receive_body(&mut body, at_once).unwrap_or_else(|_| process::exit(STATUS_ALONE));
@@ -151,10 +151,17 @@ impl Host {
         }
     }
 
-    fn take_file(&self, machine: &Machine, file: Option<OwnedFd>, len: u64, flags: DeviceFlags) {
+    fn take_file(&self, machine: &Machine, file: Option<OwnedFd>, header: &Header, flags: DeviceFlags) {
         let mut devices = lock_devices(machine);
         match file {
-            Some(file) if devices.len() < MAX_DEVICES => devices.push(Device::new(file, len, flags)),
+            Some(file) if devices.len() < MAX_DEVICES => devices.push(match header.min_block {
+                0 => Device::new(file, header.value, flags),
+                block => {
+                    let (len, flags_of_export) = (header.value, header.transmission);
+                    let export = NbdExport { len, flags: flags_of_export, min_block: block.into() };
+                    Device::of_nbd(file, export, flags)
+                }
+            }),
             // Out of descriptors: the file was lost on the way.
             _ => {
                 drop(devices);

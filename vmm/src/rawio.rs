@@ -76,6 +76,19 @@ impl<'m> Buffers<'m> {
         }
     }
 
+    /// Fills `bytes` from the memory, as far as it goes.
+    pub fn take(&mut self, mut bytes: &mut [u8]) {
+        while let Some(part) = self.parts.get(self.first) {
+            if bytes.is_empty() {
+                return;
+            }
+            let count = part.len().min(bytes.len());
+            part.copy_to(&mut bytes[..count]);
+            bytes = &mut bytes[count..];
+            self.advance(count);
+        }
+    }
+
     fn vectors(&self) -> Vec<libc::iovec> {
         self.parts[self.first..]
             .iter()

@@ -18,6 +18,7 @@ use crate::layout::Layout;
 use crate::monitor::{self, Plan};
 use crate::rawio;
 use crate::stats::{DeviceTraffic, Report, Stats};
+use crate::virtio::NbdExport;
 use crate::watchdog::{Progress, Watchdog};
 use crate::wire::{Cause, Channel, Failure, Header, Kind, Reason};
 
@@ -108,12 +109,7 @@ impl Sandbox {
     /// `file` must be open for reading, and for writing if `writable`. Without `writable` the guest can't write it even if
     /// it's open for writing.
     pub fn grant(&mut self, file: BorrowedFd<'_>, writable: bool) -> Result<Granted, Error> {
-        if !matches!(self.state, State::Fresh | State::Asked(_)) {
-            return Err(Error::Usage("a file can't be granted now"));
-        }
-        if self.granted as usize >= MAX_DEVICES {
-            return Err(Error::TooManyFiles);
-        }
+        self.may_grant()?;
         let stat = fstat(file)?;
         let mut flags = if writable { DeviceFlags::WRITABLE } else { DeviceFlags::empty() };
         let len = match FileType::from_raw_mode(stat.st_mode) {
@@ -124,10 +120,41 @@ impl Sandbox {
             }
             _ => return Err(Error::NotAFile),
         };
-        self.send(&Header { value: len, flags: flags.bits(), ..Header::new(Kind::Grant, 0) }, &[], Some(file))?;
+        let header = Header { value: len, flags: flags.bits(), ..Header::new(Kind::Grant, 0) };
+        self.hand_over(&header, file, len, flags)
+    }
+
+    fn may_grant(&self) -> Result<(), Error> {
+        match self.state {
+            State::Fresh | State::Asked(_) if (self.granted as usize) < MAX_DEVICES => Ok(()),
+            State::Fresh | State::Asked(_) => Err(Error::TooManyFiles),
+            _ => Err(Error::Usage("a file can't be granted now")),
+        }
+    }
+
+    fn hand_over(
+        &mut self,
+        header: &Header,
+        file: BorrowedFd<'_>,
+        len: u64,
+        flags: DeviceFlags,
+    ) -> Result<Granted, Error> {
+        self.send(header, &[], Some(file))?;
         let device = self.granted;
         self.granted += 1;
         Ok(Granted { device, len, flags })
+    }
+
+    /// Gives the guest an NBD export, as a device that can't grow: before the start, or before the answer to a message that
+    /// expects one. `socket` has left negotiation (simple replies, no structured ones), and nobody else uses it any more.
+    pub fn grant_nbd(&mut self, socket: BorrowedFd<'_>, export: &NbdExport, writable: bool) -> Result<Granted, Error> {
+        self.may_grant()?;
+        let block = u16::try_from(export.min_block).ok().filter(|block| block.is_power_of_two() && *block <= 4096);
+        let min_block = block.ok_or(Error::Usage("an NBD export with blocks of such a size"))?;
+        let flags = DeviceFlags::BLOCK_DEVICE | if writable { DeviceFlags::WRITABLE } else { DeviceFlags::empty() };
+        let (value, transmission) = (export.len, export.flags);
+        let header = Header { value, flags: flags.bits(), transmission, min_block, ..Header::new(Kind::Grant, 0) };
+        self.hand_over(&header, socket, export.len, flags)
     }
 
     /// Starts the guest with `request`, of at most 256 KiB.

@@ -23,15 +23,18 @@ pub struct Header {
     pub value: u64,
     /// See [`Kind`].
     pub flags: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// See [`Kind`].
+    pub transmission: u16,
+    /// See [`Kind`].
+    pub min_block: u16,
 }
 
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Kind {
-    /// To the monitor: a file, as ancillary data. `value`: its length; `flags`: device flags.
+    /// To the monitor: a file, as ancillary data. `value`: its length; `flags`: device flags. An NBD export: its socket;
+    /// `transmission` and `min_block` as in [`NbdExport`](crate::NbdExport), `min_block` not 0.
     Grant = 1,
     /// To the monitor: the request. The guest starts.
     Start = 2,

@@ -477,7 +477,7 @@ impl ConvertHost<'_> {
             if role != FileRole::Target {
                 return Err(Problem::new("Writing into the external data file of an existing image is not provided"));
             }
-            let opened = open_existing(machine, &spec.file, &self.files);
+            let opened = open_existing(machine, spec, &self.files);
             let (file, granted) =
                 opened.map_err(|problem| problem.within(format!("Could not open '{}'", spec.given)))?;
             self.existing = Some(file);

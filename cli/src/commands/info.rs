@@ -12,7 +12,6 @@ use crate::config::Output;
 use crate::files::{Access, Files, Origin};
 use crate::image_opts::ImageSpec;
 use crate::lock::Purpose;
-use crate::open::FileKind;
 use crate::output::json;
 use crate::output::node::Node;
 use crate::output::report::Described;
@@ -236,10 +235,7 @@ impl Run {
             extra.push(("safety", report.node()));
         }
         let stat = record.file.stat;
-        let file_len = match stat.kind {
-            FileKind::Regular => stat.len,
-            _ => info.virtual_size,
-        };
+        let file_len = stat.len;
         let shown = if first { &image.shown } else { &record.name };
         Ok(Described { info, shown, file: &record.name, stat, file_len, version: self.version, extra })
     }

@@ -48,6 +48,7 @@ impl Described<'_> {
     fn format_name(&self) -> &'static str {
         match (self.is_file(), self.stat.kind) {
             (true, FileKind::Block) => "host_device",
+            (true, FileKind::Nbd) => "nbd",
             (true, _) => "file",
             _ => formats::name(self.format()),
         }
@@ -56,6 +57,7 @@ impl Described<'_> {
     fn protocol(&self) -> &'static str {
         match self.stat.kind {
             FileKind::Block => "host_device",
+            FileKind::Nbd => "nbd",
             _ => "file",
         }
     }
@@ -75,6 +77,14 @@ impl Described<'_> {
         self.info.backing_file.as_ref().and(self.info.backing_format.as_deref())
     }
 
+    /// A server does not tell what its export takes.
+    fn disk_size(&self) -> String {
+        match self.stat.kind {
+            FileKind::Nbd => "unavailable".to_owned(),
+            _ => human::size(self.stat.allocated),
+        }
+    }
+
     /// For people.
     pub fn human(&self) -> String {
         let size = |bytes| format!("{} ({bytes} bytes)", human::size(bytes));
@@ -83,7 +93,7 @@ impl Described<'_> {
         line("image", self.shown);
         line("file format", self.format_name());
         line("virtual size", &size(self.virtual_size()));
-        line("disk size", &human::size(self.stat.allocated));
+        line("disk size", &self.disk_size());
         if self.info.encrypted {
             line("encrypted", "yes");
         }
@@ -118,7 +128,7 @@ impl Described<'_> {
                 printable(self.file.as_bytes()),
                 self.protocol(),
                 size(whole_sectors(self.file_len)),
-                human::size(self.stat.allocated),
+                self.disk_size(),
             ));
         }
         for (key, value) in &self.extra {
@@ -146,8 +156,10 @@ impl Described<'_> {
             put("cluster-size", Node::Int(cluster_size));
         }
         put("format", Node::text(self.format_name()));
-        put("actual-size", Node::Int(self.stat.allocated));
-        if self.is_file() && self.version.shows_child_nodes() {
+        if self.stat.kind != FileKind::Nbd {
+            put("actual-size", Node::Int(self.stat.allocated));
+        }
+        if self.is_file() && self.stat.kind != FileKind::Nbd && self.version.shows_child_nodes() {
             put("format-specific", file_specific());
         } else if let Some((kind, data)) = self.format_specific() {
             put("format-specific", Node::Dict(vec![("type", Node::text(kind)), ("data", Node::Dict(data))]));
@@ -159,7 +171,11 @@ impl Described<'_> {
         if self.info.encrypted {
             put("encrypted", Node::Bool(true));
         }
-        put("dirty-flag", Node::Bool(self.info.dirty));
+        // The raw driver passes the question on, and NBD has no answer.
+        let raw = matches!(self.format(), Format::Raw | Format::File);
+        if !raw || self.stat.kind != FileKind::Nbd {
+            put("dirty-flag", Node::Bool(self.info.dirty));
+        }
         members.extend(self.extra.iter().cloned());
         Node::Dict(members)
     }
@@ -170,12 +186,16 @@ impl Described<'_> {
             ("virtual-size", Node::Int(whole_sectors(self.file_len))),
             ("filename", Node::text(self.file)),
             ("format", Node::text(self.protocol())),
-            ("actual-size", Node::Int(self.stat.allocated)),
         ];
+        if self.stat.kind != FileKind::Nbd {
+            info.push(("actual-size", Node::Int(self.stat.allocated)));
+        }
         if self.stat.kind == FileKind::Regular {
             info.push(("format-specific", file_specific()));
         }
-        info.push(("dirty-flag", Node::Bool(false)));
+        if self.stat.kind != FileKind::Nbd {
+            info.push(("dirty-flag", Node::Bool(false)));
+        }
         Node::Dict(vec![("name", Node::text("file")), ("info", Node::Dict(info))])
     }
 

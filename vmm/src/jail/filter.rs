@@ -82,6 +82,7 @@ const COMMON: &[Allowed] = &[
     (libc::SYS_sendmsg, When::Always),
     (libc::SYS_recvmsg, When::Always),
     (libc::SYS_recvfrom, When::Always),
+    (libc::SYS_sendto, When::Always),
     (libc::SYS_close, When::Always),
     // A build with debug assertions asks before it closes.
     (libc::SYS_fcntl, When::OneOf(1, &[libc::F_GETFD as u64])),

@@ -86,6 +86,10 @@ impl Job<'_> {
         if writes && !device.is_writable() {
             return Err(Fault::Refused);
         }
+        match (kind, device.nbd()) {
+            (RequestKind::Holes | RequestKind::Copy, _) | (_, None) => {}
+            (kind, Some(nbd)) => return nbd.serve(kind, request),
+        }
         match kind {
             RequestKind::Read => read(device, request),
             RequestKind::Write => write(device, request),
@@ -154,6 +158,9 @@ pub fn write_zeroes(device: &Device, offset: u64, len: u64, unmap: bool, scratch
     }
     if len == 0 {
         return Ok(0);
+    }
+    if let Some(nbd) = device.nbd() {
+        return Ok(nbd.write_zeroes(offset, len, unmap).map(|()| 0)?);
     }
     let (mut end, old_end) = (offset + len, device.len());
     if unmap && end > old_end {

@@ -242,6 +242,9 @@ impl Plan<'_> {
     }
 
     fn read(&self, at: u64, chunk: &mut [u8]) -> Result<(), Fault> {
+        if let Some(nbd) = self.source.nbd() {
+            return Ok(nbd.read(self.offset + at, chunk)?);
+        }
         let mut done = 0;
         while done < chunk.len() {
             let offset = self.offset + at + done as u64;
@@ -256,6 +259,9 @@ impl Plan<'_> {
 
     fn write(&self, at: u64, chunk: &[u8]) -> Result<(), Fault> {
         let offset = self.target_offset + at;
+        if let Some(nbd) = self.target.nbd() {
+            return Ok(nbd.write(offset, chunk)?);
+        }
         self.target.growing(offset + chunk.len() as u64, || Ok(write_all(self.target.file(), chunk, offset)?))
     }
 }

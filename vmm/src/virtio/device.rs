@@ -8,6 +8,7 @@ use instar_guest_protocol::boot::{DeviceFlags, DeviceInfo};
 use rustix::fs::ftruncate;
 use rustix::io::{Errno, retry_on_intr};
 
+use super::nbd::{Nbd, NbdExport};
 use crate::stats::{DeviceCounters, DeviceTraffic};
 
 /// All granted files; the index is the device number.
@@ -49,7 +50,7 @@ impl DeviceTable {
 /// A granted file.
 #[derive(Debug)]
 pub struct Device {
-    file: OwnedFd,
+    backend: Backend,
     flags: DeviceFlags,
     /// Bytes; grows with writes.
     len: AtomicU64,
@@ -59,6 +60,13 @@ pub struct Device {
     pub lacks: Lacks,
     /// What was done with it.
     pub counters: DeviceCounters,
+}
+
+/// Where the bytes are.
+#[derive(Debug)]
+enum Backend {
+    File(OwnedFd),
+    Nbd(Nbd),
 }
 
 /// Abilities found missing, so that they are tried only once.
@@ -79,19 +87,40 @@ pub struct Lacks {
 impl Device {
     /// A file of `len` bytes.
     pub fn new(file: OwnedFd, len: u64, flags: DeviceFlags) -> Self {
+        Self::over(Backend::File(file), len, flags, Lacks::default())
+    }
+
+    /// An NBD export.
+    pub fn of_nbd(socket: OwnedFd, export: NbdExport, flags: DeviceFlags) -> Self {
+        let nbd = Backend::Nbd(Nbd::new(socket, export));
+        Self::over(nbd, export.len, flags | DeviceFlags::BLOCK_DEVICE, Lacks::all())
+    }
+
+    fn over(backend: Backend, len: u64, flags: DeviceFlags, lacks: Lacks) -> Self {
         Self {
-            file,
+            backend,
             flags,
             len: AtomicU64::new(len),
             length_changes: RwLock::new(()),
-            lacks: Lacks::default(),
+            lacks,
             counters: DeviceCounters::default(),
         }
     }
 
-    /// The file.
+    /// The file. An NBD export has none: the calls that need one fail on its socket.
     pub fn file(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
+        match &self.backend {
+            Backend::File(file) => file.as_fd(),
+            Backend::Nbd(nbd) => nbd.socket(),
+        }
+    }
+
+    /// The NBD export, if it is one.
+    pub fn nbd(&self) -> Option<&Nbd> {
+        match &self.backend {
+            Backend::File(_) => None,
+            Backend::Nbd(nbd) => Some(nbd),
+        }
     }
 
     /// Bytes, as far as known.
@@ -146,6 +175,12 @@ impl Device {
 }
 
 impl Lacks {
+    /// Nothing but reading and writing.
+    fn all() -> Self {
+        let lacks = || AtomicBool::new(true);
+        Self { zero_range: lacks(), punch_hole: lacks(), clone_range: lacks(), copy_range: lacks(), seek_data: lacks() }
+    }
+
     /// Runs `attempt` unless it is known to be pointless. `None`: it is, do it another way.
     pub fn try_once<T>(
         flag: &AtomicBool,

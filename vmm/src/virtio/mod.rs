@@ -6,10 +6,12 @@
 mod blk;
 mod copy;
 mod device;
+mod nbd;
 mod queue;
 mod request;
 mod transport;
 
 pub use device::{Device, DeviceTable};
+pub use nbd::NbdExport;
 pub use request::{KINDS, kind_index};
 pub use transport::{Server, offered_words};
