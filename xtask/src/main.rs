@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod differential;
 mod run;
 mod test;
 
@@ -25,6 +26,11 @@ const TASKS: &[Task] = &[
     Task { name: "corpus", what: "real images of ../shared/corpus [-- REGEX]", run: test::corpus },
     Task { name: "bench-smoke", what: "run each criterion bench once", run: test::bench_smoke },
     Task { name: "fuzz", what: "every fuzz target on stable: [--seconds N] [TARGET]", run: test::fuzz },
+    Task {
+        name: "differential",
+        what: "random sequences against qemu-img: [--minutes N] [--seed S] [--steps N] [--once]",
+        run: differential::differential,
+    },
     Task {
         name: "bench-vs-qemu",
         what: "compare with qemu-img: [--mib N] [--runs N] [--dir DIR] [--only WORD]",

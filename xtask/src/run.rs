@@ -43,3 +43,10 @@ pub fn release_binary() -> Result<PathBuf> {
     let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
     Ok(target.join("release/instar"))
 }
+
+/// The number behind an option, if it is there.
+pub fn number_option(args: &[String], name: &str) -> Result<Option<u64>> {
+    let Some(at) = args.iter().position(|arg| arg == name) else { return Ok(None) };
+    let value = args.get(at + 1).ok_or_else(|| format!("{name} needs a number"))?;
+    Ok(Some(value.parse().map_err(|_| format!("{name} {value}: not a number"))?))
+}
