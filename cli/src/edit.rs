@@ -85,8 +85,9 @@ impl Edit<'_> {
         files.open_to_change(machine, self.image)
     }
 
-    /// What a guest wrote into a raw disk may make it look like an image.
-    fn warn_of_raw(&self, format: Format) {
+    /// Warns of an image that is changed, that turned out to be raw, and that nobody called raw: what a guest writes into it may
+    /// make it look like another format.
+    pub fn warn_of_raw(&self, format: Format) {
         if self.writable && self.image.format == Format::Unknown && format == Format::Raw {
             // Nothing can be done about a standard error that is closed.
             let _ = std::io::stderr().write_all(messages::edit::raw_guessed(&self.image.shown).as_bytes());

@@ -100,7 +100,13 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
         ..SnapshotRequest::default()
     };
     match edit.run(|image, _| Operation::Snapshot(SnapshotRequest { image, ..request }), &mut |_| {})? {
-        Err(failure) => Err(messages::edit::snapshot(action, &name, &failure).into()),
+        Err(failure) => {
+            if action == SnapshotAction::Apply {
+                // qemu-img looks for snapshots in the file below, and warns again when it comes back.
+                edit.warn_of_raw(failure.format());
+            }
+            Err(messages::edit::snapshot(action, &name, &failure).into())
+        }
         Ok(reply) if reply.snapshots.is_empty() => Ok(()),
         Ok(reply) => {
             let table = human::snapshots(&reply.snapshots, settings.qemu_version, &local_time);

@@ -15,7 +15,7 @@ use crate::platform::Platform;
 /// # Errors
 /// What the host makes its message of.
 pub fn run<P: Platform>(platform: &P, request: &AmendRequest) -> Result<EditReply, Failure> {
-    match edit::open(platform, &request.image)? {
+    match edit::open(platform, &request.image, true)? {
         Editable::Qcow2(mut image) => match &request.options {
             Some(options) => {
                 let done = amend(platform, &mut image, options, request.progress);
@@ -53,7 +53,7 @@ fn amend<P: Platform>(platform: &P, image: &mut Qcow2<P>, wanted: &WireOptions, 
     let mut told = 0.0;
     let mut report = |done: u64, total: u64| {
         let percent = done as f64 * 100.0 / total.max(1) as f64;
-        if percent - told >= 1.0 || percent < told || percent >= 100.0 {
+        if percent - told >= 1.0 || percent < told || percent == 0.0 || percent >= 100.0 {
             told = percent;
             tell(done, total);
         }

@@ -24,7 +24,7 @@ const USUAL_GRANULARITY: core::ops::RangeInclusive<u64> = 4096..=65536;
 /// # Errors
 /// What the host makes its message of.
 pub fn run<P: Platform>(platform: &P, request: &BitmapRequest) -> Result<EditReply, Failure> {
-    let opened = edit::open(platform, &request.image)?;
+    let opened = edit::open(platform, &request.image, false)?;
     let source = request.source.as_ref().map(|source| Other::open(platform, source)).transpose()?;
     match opened {
         Editable::Qcow2(mut image) => {
@@ -121,9 +121,7 @@ struct Other<P: Platform> {
 
 impl<P: Platform> Other<P> {
     fn open(platform: &P, source: &Source) -> Result<Self, Failure> {
-        let image = open_named(platform, source)?;
-        edit::open_chain(platform, source, &*image)?;
-        Ok(Self { image, id: FileId(source.device) })
+        Ok(Self { image: open_named(platform, source)?, id: FileId(source.device) })
     }
 
     fn find(

@@ -29,16 +29,18 @@ pub(super) struct Qcow2<P: Platform> {
     pub id: FileId,
 }
 
-/// Opens an image that the user named, on a writable device. Its backing chain must be there, though nothing of it is read, as with
-/// qemu-img.
-pub(super) fn open<P: Platform>(platform: &P, source: &Source) -> Result<Editable<P>, Failure> {
+/// Opens an image that the user named, on a writable device. `chain`: its backing chain must be there, though nothing of it is read,
+/// as with qemu-img.
+pub(super) fn open<P: Platform>(platform: &P, source: &Source, chain: bool) -> Result<Editable<P>, Failure> {
     let id = FileId(source.device);
     let image = open_named(platform, source)?;
     let opened = match image.as_qcow2() {
         Some(qcow2) => Editable::Qcow2(Box::new(open_qcow2(platform, id, qcow2)?)),
         None => Editable::Other(image.format()),
     };
-    open_chain(platform, source, &*image)?;
+    if chain {
+        open_chain(platform, source, &*image)?;
+    }
     Ok(opened)
 }
 
