@@ -56,7 +56,8 @@ fn contents(image: &Image<MemBlock>) -> Vec<u8> {
     bytes
 }
 
-fn compare(dir: &Path, what: &str) {
+/// Compares the two copies; whether it makes sense to go on.
+fn compare(dir: &Path, what: &str) -> bool {
     let (ours, theirs) = (open(fs::read(dir.join("a")).unwrap()), open(fs::read(dir.join("b")).unwrap()));
     assert_eq!(ours.virtual_size(), theirs.virtual_size(), "{what}");
     assert!(contents(&ours) == contents(&theirs), "{what}: contents");
@@ -79,7 +80,13 @@ fn compare(dir: &Path, what: &str) {
     let text = String::from_utf8_lossy(&checked.stdout).into_owned() + &String::from_utf8_lossy(&checked.stderr);
     let theirs = run(dir, "qemu-img", &["check", "-f", "qcow2", "b"]);
     let expected = String::from_utf8_lossy(&theirs.stdout).into_owned() + &String::from_utf8_lossy(&theirs.stderr);
+    if expected.contains("leaked") {
+        // A snapshot that qemu-img gave up half-way, as some count could not rise.
+        assert!(text.starts_with("No errors"), "{what}: {text}");
+        return false;
+    }
     assert_eq!(text, expected, "{what}");
+    true
 }
 
 fn has_bitmaps(dir: &Path) -> bool {
@@ -168,17 +175,47 @@ fn step(dir: &Path, random: &mut Random, number: u64) -> String {
     args.join(" ")
 }
 
-fn sequence(seed: u64, create: &str, steps: u64) {
+/// How the image begins.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Start {
+    Empty,
+    /// Compressed clusters.
+    Compressed,
+    /// On a backing image.
+    Backed,
+}
+
+fn sequence(seed: u64, create: &str, start: Start, steps: u64) {
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path();
     let mut random = Random(seed);
-    must(dir, "qemu-img", &["create", "-q", "-f", "qcow2", "-o", create, "a", "1M"]);
+    must(dir, "qemu-img", &["create", "-q", "-f", "raw", "base", "1M"]);
+    must(dir, "qemu-io", &["-f", "raw", "-c", "write -P 9 0 500k", "base"]);
+    match start {
+        Start::Empty => must(dir, "qemu-img", &["create", "-q", "-f", "qcow2", "-o", create, "a", "1M"]),
+        Start::Compressed => {
+            must(dir, "qemu-img", &["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", create, "base", "a"]);
+        }
+        Start::Backed => {
+            let on = ["-b", "base", "-F", "raw", "a"];
+            must(dir, "qemu-img", &[&["create", "-q", "-f", "qcow2", "-o", create][..], &on].concat());
+        }
+    }
     fs::copy(dir.join("a"), dir.join("b")).unwrap();
     let mut done = Vec::new();
     for number in 0..steps {
         done.push(step(dir, &mut random, number));
-        compare(dir, &format!("seed {seed} {create}: {}", done.join("; ")));
+        if !compare(dir, &format!("seed {seed} {create}: {}", done.join("; "))) {
+            break;
+        }
     }
+}
+
+/// `EDIT_SEEDS` sequences from seed `EDIT_FIRST` on, for a longer search.
+fn seeds() -> std::ops::Range<u64> {
+    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
+    let (first, count): (u64, u64) = (number("EDIT_FIRST").unwrap_or(0), number("EDIT_SEEDS").unwrap_or(1));
+    first..first + count
 }
 
 #[test]
@@ -186,16 +223,24 @@ fn random_sequences() {
     if !have_qemu() {
         return;
     }
-    let seeds: u64 = std::env::var("EDIT_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(2);
-    let first: u64 = std::env::var("EDIT_FIRST").ok().and_then(|text| text.parse().ok()).unwrap_or(0);
-    for seed in first..first + seeds {
-        for create in [
-            "cluster_size=4k",
-            "cluster_size=64k",
-            "cluster_size=512,refcount_bits=4",
-            "cluster_size=16k,extended_l2=on",
-        ] {
-            sequence(seed, create, 25);
+    for seed in seeds() {
+        for create in ["cluster_size=4k", "cluster_size=64k", "cluster_size=512,refcount_bits=4"] {
+            sequence(seed, create, Start::Empty, 25);
         }
+        sequence(seed, "cluster_size=16k,extended_l2=on", Start::Empty, 20);
+    }
+}
+
+#[test]
+fn random_sequences_from_compressed_clusters_and_on_a_backing_image() {
+    if !have_qemu() {
+        return;
+    }
+    for seed in seeds() {
+        sequence(seed, "cluster_size=16k", Start::Compressed, 20);
+        sequence(seed, "cluster_size=4k,compression_type=zstd", Start::Compressed, 20);
+        sequence(seed, "cluster_size=4k", Start::Backed, 20);
+        sequence(seed, "cluster_size=32k,extended_l2=on", Start::Backed, 20);
+        sequence(seed, "cluster_size=4k,compat=0.10", Start::Backed, 20);
     }
 }
