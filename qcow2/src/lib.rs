@@ -9,13 +9,19 @@
 //!            └───────────► header, extensions, snapshots, bitmaps
 //!
 //! empty file ──► create ───────┬──► BlockWrite, BlockAlloc ──► Writer::finish
-//! image      ──► Writer::open ─┘
+//! image      ──► Writer::open ─┤
+//!                              ├──► create_snapshot, apply_snapshot, delete_snapshot
+//!                              ├──► load_bitmaps, merge_bitmap …, store_bitmaps
+//!                              └──► amend
 //! ```
+//!
+//! What changes an existing image leaves it valid at every moment: after a crash it is the old one or the new one, with
+//! clusters that nobody uses at worst.
 //!
 //! # Supported
 //! Versions 2 and 3, clusters of 512 bytes to 2 MiB, refcounts of 1 to 64 bits, standard and extended L2 entries
 //! (subclusters), clusters compressed by zlib and zstd, external data files, names of backing files, internal
-//! snapshots (reading), persistent dirty bitmaps, feature name tables.
+//! snapshots, persistent dirty bitmaps, feature name tables.
 //!
 //! # Not supported
 //! Encrypted images are described ([`Image::encryption`]) but not decrypted: reading one is an error. No other file
