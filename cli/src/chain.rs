@@ -150,7 +150,8 @@ fn lock(file: &mut Opened, access: Access, force_share: bool, name: &str) -> Res
 fn describe(settings: &Settings, hop: &Hop) -> Result<ImageInfo, Problem> {
     let mut machine = Vm::spawn(guest::INFO, &settings.limits, Work::Metadata)?;
     let device = machine.grant(hop.file.fd.as_fd(), false)?.device;
-    let image = Source { device, format: hop.format.into(), ..Source::default() };
+    let named_dmg = hop.name.ends_with(".dmg");
+    let image = Source { device, format: hop.format.into(), named_dmg, ..Source::default() };
     let operation = request::Operation::Info(InfoRequest { image, chain: false, safety: true });
     match sandbox::run(&mut machine, &Request { operation: Some(operation) }, &mut Alone)? {
         reply::Result::Info(mut reply) if !reply.images.is_empty() => Ok(reply.images.swap_remove(0)),

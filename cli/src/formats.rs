@@ -17,7 +17,16 @@ pub enum Driver {
 pub fn driver(name: &str) -> Option<Driver> {
     if let Some(format) = Format::of_driver(name.as_bytes()) {
         return Some(match format {
-            Format::Raw | Format::Qcow2 | Format::File => Driver::Provided(format),
+            Format::Raw
+            | Format::Qcow2
+            | Format::File
+            | Format::Qcow
+            | Format::Qed
+            | Format::Vdi
+            | Format::Parallels
+            | Format::Dmg
+            | Format::Bochs
+            | Format::Cloop => Driver::Provided(format),
             other => Driver::Known(other),
         });
     }

@@ -76,6 +76,11 @@ impl ImageSpec {
         parsed.map_err(|problem| problem.within(format!("Could not open '{opts}'")))
     }
 
+    /// qemu-img takes a file of this name for an Apple disk image, unless it begins like an image of another format.
+    pub fn is_named_dmg(&self) -> bool {
+        self.file.len() > ".dmg".len() && self.file.ends_with(".dmg")
+    }
+
     fn plain(name: &str, format: Option<&str>) -> Result<Self, Problem> {
         let format = format.map_or(Ok(Format::Unknown), driver_format)?;
         if let Some(address) = Address::parse(name)? {
@@ -83,7 +88,6 @@ impl ImageSpec {
         }
         let path = open::path_of(name)?;
         let file = path.display().to_string();
-        refuse_by_name(&file, format)?;
         Ok(Self {
             given: name.to_owned(),
             shown: file.clone(),
@@ -212,7 +216,6 @@ impl Keys {
         }
         let file = named.filter(|name| !name.is_empty());
         let file = file.ok_or_else(|| Problem::new("The 'file' block driver requires a file name"))?;
-        refuse_by_name(file, format)?;
         let format_name = driver.unwrap_or("raw");
         let unknown = self.unknown.as_deref().or(self
             .own_name
@@ -298,15 +301,6 @@ pub fn driver_format(name: &str) -> Result<Format, Problem> {
     }
 }
 
-/// qemu-img takes a file of this name for an Apple disk image, whatever its bytes say.
-fn refuse_by_name(file: &str, format: Format) -> Result<(), Problem> {
-    match format == Format::Unknown && file.ends_with(".dmg") {
-        true => Err(Problem::new(messages::not_provided(Format::Dmg))
-            .with_hint("Give the format (as in -f raw) if it is something else.")),
-        false => Ok(()),
-    }
-}
-
 /// How QEMU names an image whose options do not fit into a file name.
 fn json_name(encryption: &[(String, String)], driver: Option<&str>, file: &str) -> String {
     let quote = |text: &str| Value::from(text).to_string();
@@ -365,7 +359,8 @@ mod tests {
             ImageSpec::of_file("nosuch:thing", None).unwrap_err().to_string(),
             "Could not open 'nosuch:thing': Unknown protocol 'nosuch'"
         );
-        assert!(ImageSpec::of_file("a.dmg", None).unwrap_err().to_string().contains("not provided"));
+        assert!(ImageSpec::of_file("a.dmg", None).unwrap().is_named_dmg());
+        assert!(!ImageSpec::of_file(".dmg", None).unwrap().is_named_dmg());
         assert_eq!(ImageSpec::of_file("a.dmg", Some("raw")).unwrap().format, Format::Raw);
         assert!(ImageSpec::of_file("a", Some("vmdk")).unwrap_err().to_string().contains("not provided"));
     }

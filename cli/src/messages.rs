@@ -1,6 +1,7 @@
 //! What qemu-img says: texts made of typed causes. The guest sends no text of its own.
 
 pub mod edit;
+mod legacy;
 
 use instar_guest_protocol::message::{BitmapFault, Cause, Failure, Field, Format, OptionError, Step};
 
@@ -22,7 +23,11 @@ const EFBIG: i32 = 27;
 pub fn open_failure(failure: &Failure) -> Problem {
     let format = formats::name(failure.format());
     let text = match failure.cause() {
-        Cause::NotInFormat => format!("Image is not in {format} format"),
+        Cause::NotInFormat => match legacy::not_in_format(failure.format()) {
+            Some(text) => text.to_owned(),
+            None => format!("Image is not in {format} format"),
+        },
+        Cause::FormatFault => return legacy::format_fault(failure),
         Cause::FormatNotSupported => not_provided(failure.format()),
         Cause::HeaderTooShort => "qcow2 header too short".to_owned(),
         Cause::UnsupportedVersion => format!("Unsupported {format} version {}", failure.value),
@@ -69,7 +74,7 @@ pub fn create_failure(failure: &Failure, target: Format) -> Problem {
         Cause::Io if failure.os == EFBIG => size_too_large(target),
         Cause::Io => format!("Could not resize file: {}", os_text(failure.os)),
         Cause::InvalidOptions => match OptionError::try_from(failure.value as i32) {
-            Ok(error) => option_error(error).to_owned(),
+            Ok(error) => legacy::option_error(error, failure.value2).unwrap_or_else(|| option_error(error).to_owned()),
             Err(_) => general(failure),
         },
         Cause::TargetTooSmall => "The device is too small for the image".to_owned(),
@@ -110,6 +115,7 @@ pub fn work_failure(failure: &Failure) -> Problem {
 /// Something that does not end the run.
 pub fn warning(failure: &Failure) -> String {
     match failure.cause() {
+        Cause::UnreadableChunks => legacy::unreadable_chunks(failure.value),
         Cause::BitmapInconsistent => format!("Skipping inconsistent bitmap '{}'", printable(&failure.text)),
         _ => format!("error while reading offset {}: {}", failure.value, io_reason(failure)),
     }

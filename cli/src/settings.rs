@@ -9,6 +9,7 @@ use instar_guest_protocol::message::{Format, Source};
 use crate::args::{Found, Key, Opt};
 use crate::config::{self, Config, Output};
 use crate::confine::Confinement;
+use crate::image_opts::ImageSpec;
 use crate::output::progress::Show;
 use crate::problem::Problem;
 use crate::program::{Fail, Program};
@@ -148,7 +149,13 @@ impl Settings {
             strict: self.strict,
             known_only: self.require_known_raw,
             follow_probed: self.unsafe_quirks,
+            named_dmg: false,
         }
+    }
+
+    /// Likewise, with what the image's name says of its format.
+    pub fn source_of(&self, device: u32, spec: &ImageSpec) -> Source {
+        Source { named_dmg: spec.is_named_dmg(), ..self.source(device, spec.format) }
     }
 
     /// How progress is shown. `asked`: `-p`; `quiet`: `-q`.

@@ -7,8 +7,7 @@ use std::path::Path;
 use std::process::Command;
 
 /// Cases about formats that this version does not open or create, by what they are about.
-const OTHER_FORMATS: &str =
-    "vmdk|(?<!fixed\\.)vpc|vhdx|vdi|qed|parallels|luks|monolithicFlat|streamOptimized|twoGbMax|d\\.qcow$|-qcow$";
+const OTHER_FORMATS: &str = "vmdk|(?<!fixed\\.)vpc|vhdx|luks|monolithicFlat|streamOptimized|twoGbMax";
 
 /// Cases about qcow2 and raw that need what this version lacks, with the reason.
 const LACKING: &[(&str, &str)] = &[

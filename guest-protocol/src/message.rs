@@ -62,6 +62,9 @@ pub struct Source {
     /// A backing file without a recorded format is followed even if it refers to further files.
     #[prost(bool, tag = "6")]
     pub follow_probed: bool,
+    /// If the format is to be found out: the file's name makes it an Apple disk image, unless its bytes say otherwise.
+    #[prost(bool, tag = "20")]
+    pub named_dmg: bool,
 }
 
 /// Names an internal snapshot. Empty fields do not restrict.
@@ -370,6 +373,15 @@ pub struct Target {
     /// Backing image to record, already granted.
     #[prost(message, optional, tag = "5")]
     pub backing: Option<Backing>,
+    /// QED creation options.
+    #[prost(message, optional, tag = "20")]
+    pub qed: Option<QedOptions>,
+    /// VDI creation options.
+    #[prost(message, optional, tag = "21")]
+    pub vdi: Option<VdiOptions>,
+    /// Parallels creation options.
+    #[prost(message, optional, tag = "22")]
+    pub parallels: Option<ParallelsOptions>,
 }
 
 /// A backing image to record in a new image.
@@ -413,6 +425,36 @@ pub struct Qcow2Options {
     /// The data file stays a valid raw image.
     #[prost(bool, tag = "8")]
     pub data_file_raw: bool,
+}
+
+/// QED creation options; absent ones take qemu-img's default.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct QedOptions {
+    /// Bytes.
+    #[prost(uint64, optional, tag = "1")]
+    pub cluster_size: Option<u64>,
+    /// Clusters.
+    #[prost(uint64, optional, tag = "2")]
+    pub table_size: Option<u64>,
+}
+
+/// VDI creation options.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct VdiOptions {
+    /// Everything is allocated.
+    #[prost(bool, tag = "1")]
+    pub is_static: bool,
+    /// UUIDs of the image and of its last change, 16 bytes each; the guest has no randomness of its own.
+    #[prost(bytes = "vec", tag = "2")]
+    pub uuids: Vec<u8>,
+}
+
+/// Parallels creation options; absent ones take qemu-img's default.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct ParallelsOptions {
+    /// Bytes.
+    #[prost(uint64, optional, tag = "1")]
+    pub cluster_size: Option<u64>,
 }
 
 /// How much of a new image is allocated.
@@ -696,6 +738,10 @@ pub enum Cause {
     BitmapsActive = 64,
     /// Options of images of `format` can't be changed.
     AmendUnsupported = 65,
+    /// A header field or table that can't be: `value` = [`FormatFault`].
+    FormatFault = 80,
+    /// Chunks of type `value` in an Apple disk image can't be read; a warning.
+    UnreadableChunks = 81,
 }
 
 /// Reasons of [`Cause::BitmapRefused`].
@@ -920,6 +966,128 @@ pub enum OptionError {
     BackingNameLength = 15,
     /// Length of the backing format's name.
     BackingFormatLength = 16,
+    /// qcow: a disk without bytes.
+    QcowSizeZero = 40,
+    /// qcow: more than an image can have that can be opened.
+    QcowSizeTooLarge = 41,
+    /// QED: cluster size.
+    QedClusterSize = 42,
+    /// QED: table size.
+    QedTableSize = 43,
+    /// QED: tables of one cluster, which can't be read.
+    QedTableOfOneCluster = 44,
+    /// QED: the tables hold `value2` bytes.
+    QedImageSize = 45,
+    /// VDI: `value2` = virtual size.
+    VdiSize = 46,
+    /// Parallels: cluster size.
+    ParallelsClusterSize = 47,
+    /// Parallels: virtual size, too large for the clusters.
+    ParallelsImageSize = 48,
+}
+
+/// What is wrong with an image of the older formats ([`Cause::FormatFault`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum FormatFault {
+    /// Not said.
+    Unspecified = 0,
+    /// qcow: `value2` = version.
+    QcowVersion = 1,
+    /// qcow: a disk of less than two bytes.
+    QcowSize = 2,
+    /// qcow: cluster size.
+    QcowClusterSize = 3,
+    /// qcow: size of the L2 tables.
+    QcowL2Size = 4,
+    /// qcow: encryption method.
+    QcowEncryption = 5,
+    /// qcow: virtual size.
+    QcowTooLarge = 6,
+    /// qcow: length of the backing file's name.
+    QcowBackingLength = 7,
+    /// QED: `value2` = unknown features.
+    QedFeatures = 8,
+    /// QED: cluster size.
+    QedClusterSize = 9,
+    /// QED: table size.
+    QedTableSize = 10,
+    /// QED: virtual size.
+    QedImageSize = 11,
+    /// QED: place of the L1 table.
+    QedTableOffset = 12,
+    /// QED: size of the header.
+    QedHeaderSize = 13,
+    /// QED: place of the backing file's name.
+    QedBackingOffset = 14,
+    /// QED: length of the backing file's name.
+    QedBackingLength = 15,
+    /// QED: not closed cleanly, and beyond repair.
+    QedDamaged = 16,
+    /// VDI: `value2` = virtual size.
+    VdiSize = 17,
+    /// VDI: `value2` = signature.
+    VdiSignature = 18,
+    /// VDI: `value2` = version.
+    VdiVersion = 19,
+    /// VDI: `value2` = place of the block map.
+    VdiMapOffset = 20,
+    /// VDI: `value2` = place of the data.
+    VdiDataOffset = 21,
+    /// VDI: `value2` = bytes of a sector.
+    VdiSectorSize = 22,
+    /// VDI: `value2` = bytes of a block.
+    VdiBlockSize = 23,
+    /// VDI: `value2` = virtual size, `text` = decimal number of bytes that the block map has room for.
+    VdiMapSize = 24,
+    /// VDI: linked to another image.
+    VdiLink = 25,
+    /// VDI: a differencing image.
+    VdiParent = 26,
+    /// VDI: `value2` = blocks.
+    VdiBlocks = 27,
+    /// Parallels: clusters without sectors.
+    ParallelsTracks = 28,
+    /// Parallels: cluster size.
+    ParallelsCluster = 29,
+    /// Parallels: entries of the table.
+    ParallelsCatalog = 30,
+    /// Parallels: virtual size.
+    ParallelsSize = 31,
+    /// DMG: length of the file.
+    DmgTooShort = 32,
+    /// DMG: no trailer.
+    DmgTrailer = 33,
+    /// DMG: places or tables that can't be.
+    DmgInvalid = 34,
+    /// DMG: `value2` = sectors of a chunk, `text` = its decimal number.
+    DmgChunkSectors = 35,
+    /// DMG: `value2` = bytes of a chunk, `text` = its decimal number.
+    DmgChunkLength = 36,
+    /// Bochs: entries of the catalog, too many.
+    BochsCatalogSize = 37,
+    /// Bochs: extent size, too small.
+    BochsExtentSmall = 38,
+    /// Bochs: `value2` = extent size, no power of two.
+    BochsExtentPower = 39,
+    /// Bochs: `value2` = extent size, too large.
+    BochsExtentLarge = 40,
+    /// Bochs: entries of the catalog, too few.
+    BochsCatalogSmall = 41,
+    /// cloop: `value2` = block size, not whole sectors.
+    CloopBlockSize = 42,
+    /// cloop: block size of 0.
+    CloopBlockZero = 43,
+    /// cloop: `value2` = block size, too large.
+    CloopBlockLarge = 44,
+    /// cloop: `value2` = blocks.
+    CloopBlocks = 45,
+    /// cloop: too many offsets.
+    CloopOffsets = 46,
+    /// cloop: `value2` = number of an offset that lies before the one before it.
+    CloopOrder = 47,
+    /// cloop: `value2` = number of the offset behind a stream that is too long.
+    CloopStream = 48,
 }
 
 /// Descriptions, the image first, then its chain.

@@ -57,6 +57,7 @@ fn source() -> m::Source {
         strict: true,
         known_only: true,
         follow_probed: true,
+        named_dmg: true,
     }
 }
 
@@ -76,6 +77,9 @@ fn target() -> m::Target {
         }),
         preallocation: m::Preallocation::Full.into(),
         backing: Some(m::Backing { name: b"base".to_vec(), format_name: b"qcow2".to_vec(), image: Some(source()) }),
+        qed: Some(m::QedOptions { cluster_size: Some(65536), table_size: Some(4) }),
+        vdi: Some(m::VdiOptions { is_static: true, uuids: vec![7; 32] }),
+        parallels: Some(m::ParallelsOptions { cluster_size: Some(1 << 20) }),
     }
 }
 
@@ -276,5 +280,6 @@ fn enums_are_the_same() {
     assert_enum::<m::BitmapRefusal>(&pool, "BitmapRefusal");
     assert_enum::<m::AmendRefusal>(&pool, "AmendRefusal");
     assert_enum::<m::OptionError>(&pool, "OptionError");
-    assert_eq!(pool.all_enums().count(), 12, "an enum without a check");
+    assert_enum::<m::FormatFault>(&pool, "FormatFault");
+    assert_eq!(pool.all_enums().count(), 13, "an enum without a check");
 }

@@ -7,7 +7,7 @@ use instar_blockio::{FileId, Layer, MemBlock, Overlay};
 use instar_guest_protocol::limits::MAX_CHAIN_DEPTH;
 use instar_guest_protocol::message::{Cause, Failure, FileRole, Format, OpenFile, Source, Step};
 
-use crate::formats::{OpenImage, open_image, open_named};
+use crate::formats::{OpenImage, format_by_name, open_image, open_named};
 use crate::ops::failure::about;
 use crate::platform::Platform;
 
@@ -90,7 +90,9 @@ pub(crate) fn open_backing<P: Platform>(
     let recorded = recorded_format(device, backing.driver)?;
     let below = request_first(platform, device, &backing.names, recorded)?;
     // Judged and used is one opening: what is probed again might look different.
-    let mut found = open_image(platform, below, recorded, how.strict)?;
+    let named_dmg = backing.names.iter().any(|name| name.ends_with(b".dmg"));
+    let format = format_by_name(platform, below, recorded, named_dmg)?;
+    let mut found = open_image(platform, below, format, how.strict)?;
     if recorded == Format::Unknown && !how.follow_probed && !found.references().is_empty() {
         return Err(about(Step::Open, FileId(below), Cause::BackingFormatNeeded));
     }

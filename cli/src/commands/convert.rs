@@ -254,7 +254,7 @@ fn convert(
     {
         match files.open_named(&mut machine, spec, arguments.access()) {
             Ok(device) => {
-                backing.image = Some(settings.source(device, spec.format));
+                backing.image = Some(settings.source_of(device, spec));
             }
             Err(problem) => late = Some(problem.within("Could not open backing file")),
         }
@@ -263,10 +263,7 @@ fn convert(
         sources: sources
             .iter()
             .zip(&devices)
-            .map(|(spec, device)| Source {
-                snapshot: arguments.snapshot.clone(),
-                ..settings.source(*device, spec.format)
-            })
+            .map(|(spec, device)| Source { snapshot: arguments.snapshot.clone(), ..settings.source_of(*device, spec) })
             .collect(),
         compress: arguments.compress && plan.is_ok(),
         target: match plan.is_ok() {
@@ -301,10 +298,15 @@ fn convert(
     drop(machine);
     match result? {
         reply::Result::Convert(_) => {
+            let format = host.plan.as_ref().ok().map(|plan| plan.format);
             if let Ok(Plan { new: Some(new), .. }) = host.plan {
                 new.complete();
             }
-            Ok(())
+            match format {
+                // The image is right, and yet qemu-img fails without a word: at the end it writes no bytes compressed, which qcow refuses.
+                Some(Format::Qcow) if arguments.compress => Err(Fail::Said),
+                _ => Ok(()),
+            }
         }
         reply::Result::Failure(failure) => Err(Fail::Message(host.problem(&failure))),
         _ => Err("The sandboxed parser sent something that makes no sense".into()),
@@ -583,7 +585,8 @@ impl Host for ConvertHost<'_> {
 
     fn warning(&mut self, warning: &Failure) {
         // Unreadable places are what `--salvage` is about; a bitmap that is left out is told in any case.
-        if !self.quiet || warning.cause() == Cause::BitmapInconsistent {
+        let always = matches!(warning.cause(), Cause::BitmapInconsistent | Cause::UnreadableChunks);
+        if !self.quiet || always {
             self.program.warn(&messages::warning(warning));
         }
     }

@@ -215,7 +215,8 @@ impl NewBacking {
             Some(image) => {
                 let opened = files.open_named(machine, image, LOOK);
                 let device = opened.map_err(|problem| problem.with_hint(NO_BACKING))?;
-                Some(Source { device, format: image.format.into(), ..Source::default() })
+                let named_dmg = image.is_named_dmg();
+                Some(Source { device, format: image.format.into(), named_dmg, ..Source::default() })
             }
         };
         Ok(Backing { name: self.name.clone().into_bytes(), format_name: self.format.clone().into_bytes(), image })

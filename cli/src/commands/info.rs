@@ -102,6 +102,7 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
     }
     let request = InfoRequest { chain: arguments.backing_chain, safety: arguments.safety, ..InfoRequest::default() };
     let run = Run::start(&settings, &image, request, arguments.access()).map_err(Unopened::complete)?;
+    run.warnings.iter().for_each(|warning| program.warn(&messages::warning(warning)));
     let found = run.images.iter().map(|info| run.describe(info, &image, arguments.safety));
     let described = found.collect::<Result<Vec<Described<'_>>, Problem>>()?;
     print(&match (as_json, arguments.backing_chain) {
@@ -116,6 +117,8 @@ pub struct Run {
     images: Vec<ImageInfo>,
     files: Files,
     version: QemuVersion,
+    /// What the user should hear of besides.
+    warnings: Vec<Failure>,
 }
 
 /// Why there is nothing to describe.
@@ -162,11 +165,12 @@ impl Run {
         let mut files = Files::new(settings.confinement()?);
         let device =
             files.open_named(&mut machine, image, access).map_err(|problem| Unopened::of(&image.given, problem))?;
-        let source = settings.source(device, image.format);
+        let source = settings.source_of(device, image);
         let operation = request::Operation::Info(InfoRequest { image: source, ..request });
-        let mut host = InfoHost { files, access };
+        let mut host = InfoHost { files, access, warnings: Vec::new() };
         let result = sandbox::run(&mut machine, &Request { operation: Some(operation) }, &mut host);
-        let run = Self { images: Vec::new(), files: host.files, version: settings.qemu_version };
+        let InfoHost { files, warnings, .. } = host;
+        let run = Self { images: Vec::new(), files, version: settings.qemu_version, warnings };
         match result {
             Ok(reply::Result::Info(reply)) if !reply.images.is_empty() => run.finish(reply, image),
             Ok(reply::Result::Failure(failure)) => Err(run.unopened(image, &failure)),
@@ -249,6 +253,7 @@ fn garbled() -> Problem {
 struct InfoHost {
     files: Files,
     access: Access,
+    warnings: Vec<Failure>,
 }
 
 impl Host for InfoHost {
@@ -263,7 +268,9 @@ impl Host for InfoHost {
 
     fn pace(&mut self, _: &Progress) {}
 
-    fn warning(&mut self, _: &Failure) {}
+    fn warning(&mut self, warning: &Failure) {
+        self.warnings.push(warning.clone());
+    }
 }
 
 /// `--chain`: each image in a sandbox of its own, each hop decided by the policy here; what is wrong with a hop is told

@@ -1,7 +1,11 @@
 //! Formats that can be created: their options, and what these mean to the guest. One file for each format.
 
+pub mod parallels;
+pub mod qcow;
 pub mod qcow2;
+pub mod qed;
 pub mod raw;
+pub mod vdi;
 
 use instar_guest_protocol::message::{Format, Preallocation, Target};
 
@@ -12,7 +16,7 @@ use crate::options::{Options, Spec};
 use crate::problem::Problem;
 
 /// All of them.
-static FORMATS: [Creatable; 2] = [&raw::RAW, &qcow2::QCOW2];
+static FORMATS: [Creatable; 6] = [&raw::RAW, &qcow2::QCOW2, &qcow::QCOW, &qed::QED, &vdi::VDI, &parallels::PARALLELS];
 
 /// A format that can be created, and how.
 #[derive(Debug)]
@@ -72,6 +76,18 @@ pub struct Layout {
     pub late: Option<Problem>,
     /// The external data file to be made.
     pub data_file: Option<String>,
+}
+
+/// What the file below makes of `preallocation`, which formats without such an option of their own leave to it. The format then cuts the
+/// file to nothing, so that no mode has an effect.
+fn file_preallocation(layout: &mut Layout, options: &Options) {
+    match options.text("preallocation").map(|word| (word, preallocation(word))) {
+        Some((_, Some(Preallocation::Metadata))) => {
+            layout.late = Some(Problem::new("Unsupported preallocation mode: metadata"));
+        }
+        Some((word, None)) => layout.early = Some(Problem::new(format!("invalid parameter value: {word}"))),
+        _ => {}
+    }
 }
 
 /// Is it negative, as qemu-img takes it?

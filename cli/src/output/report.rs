@@ -173,7 +173,8 @@ impl Described<'_> {
         }
         // The raw driver passes the question on, and NBD has no answer.
         let raw = matches!(self.format(), Format::Raw | Format::File);
-        if !raw || self.stat.kind != FileKind::Nbd {
+        let unanswered = matches!(self.format(), Format::Parallels | Format::Dmg | Format::Bochs | Format::Cloop);
+        if !unanswered && (!raw || self.stat.kind != FileKind::Nbd) {
             put("dirty-flag", Node::Bool(self.info.dirty));
         }
         members.extend(self.extra.iter().cloned());

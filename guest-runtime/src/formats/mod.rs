@@ -3,9 +3,17 @@
 //! One file for each format says how it is opened ([`OpenImage`]), how it is made and filled ([`TargetImage`]) and what `info` tells
 //! of it. A format is added by such a file and one line in each `match` of this one.
 
+mod bochs;
+mod cloop;
+mod dmg;
+mod legacy;
+mod parallels;
+mod qcow;
 mod qcow2;
+mod qed;
 mod raw;
 pub mod target;
+mod vdi;
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
@@ -212,7 +220,29 @@ pub fn open_named<P: Platform>(platform: &P, source: &Source) -> Result<Box<dyn 
             return Err(about(Step::Open, id, Cause::Unrecognised));
         }
     }
-    open_image(platform, source.device, source.format(), source.strict)
+    let format = format_by_name(platform, source.device, source.format(), source.named_dmg)?;
+    open_image(platform, source.device, format, source.strict)
+}
+
+/// The format to open a file in, whose name may make it an Apple disk image if nobody says what it is: their bytes begin like anything.
+///
+/// # Errors
+/// The host's error in reading the file.
+pub(crate) fn format_by_name<P: Platform>(
+    platform: &P,
+    device: u32,
+    format: Format,
+    named_dmg: bool,
+) -> Result<Format, Failure> {
+    if format != Format::Unknown || !named_dmg {
+        return Ok(format);
+    }
+    let id = FileId(device);
+    let file = platform.file(device).ok_or_else(|| about(Step::Open, id, Cause::BadRequest))?;
+    Ok(match probe(&file, id)?.format {
+        Format::Raw | Format::Cloop => Format::Dmg,
+        found => found,
+    })
 }
 
 /// Opens the image on a granted device, without its further files and its chain. `strict`: see
@@ -235,6 +265,13 @@ pub fn open_image<P: Platform>(
     match format {
         Format::Raw | Format::File => raw::open(file, id),
         Format::Qcow2 => qcow2::open(file, id, strict),
+        Format::Qcow => qcow::open(file, id, strict),
+        Format::Qed => qed::open(file, id, strict),
+        Format::Vdi => vdi::open(file, id, strict),
+        Format::Parallels => parallels::open(file, id, strict),
+        Format::Dmg => dmg::open(platform, file, id, strict),
+        Format::Bochs => bochs::open(file, id, strict),
+        Format::Cloop => cloop::open(file, id, strict),
         other => Err(Failure { format: other.into(), ..about(Step::Open, id, Cause::FormatNotSupported) }),
     }
 }
@@ -252,6 +289,10 @@ pub fn create_image<P: Platform>(
     match target.format() {
         Format::Raw => raw::create(platform, target, size),
         Format::Qcow2 => qcow2::create(platform, target, size, durable),
+        Format::Qcow => qcow::create(platform, target, size, durable),
+        Format::Qed => qed::create(platform, target, size, durable),
+        Format::Vdi => vdi::create(platform, target, size, durable),
+        Format::Parallels => parallels::create(platform, target, size, durable),
         format => Err(Failure { format: format.into(), ..failure(Step::Create, Cause::FormatNotSupported) }),
     }
 }
@@ -269,6 +310,10 @@ pub fn open_target<P: Platform>(
     match target.format() {
         Format::Raw => raw::open_target(platform, size),
         Format::Qcow2 => qcow2::open_target(platform, size, durable),
+        Format::Qcow => qcow::open_target(platform, size, durable),
+        Format::Qed => qed::open_target(platform, size, durable),
+        Format::Vdi => vdi::open_target(platform, size, durable),
+        Format::Parallels => parallels::open_target(platform, size, durable),
         format => Err(Failure { format: format.into(), ..failure(Step::OpenTarget, Cause::FormatNotSupported) }),
     }
 }

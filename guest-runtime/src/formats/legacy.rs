@@ -1,0 +1,171 @@
+//! What the older formats have in common: an image without snapshots, further files and tables of its own to tell of.
+
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+
+use instar_blockio::{Codec, Error, FileId, Layer, Result as BlockResult};
+use instar_guest_protocol::message::{
+    Cause, Failure, FileRole, Format, FormatFault, ImageInfo, Reference, SnapshotSelector, Step,
+};
+use instar_legacy as legacy;
+
+use super::target::{TargetDisk, open_target_file};
+use super::{Backing, Compression, ImageWriter, MappedImage, OpenImage, TargetImage};
+use crate::ops::failure::{about, block};
+use crate::platform::Platform;
+
+/// An opened image and what `info` tells of it.
+pub(super) struct Legacy<I> {
+    pub image: I,
+    pub id: FileId,
+    pub format: Format,
+    pub facts: Facts,
+}
+
+/// What `info` tells.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Facts {
+    pub cluster_size: Option<u64>,
+    pub encrypted: bool,
+    pub dirty: bool,
+    pub backing_file: Option<Vec<u8>>,
+    pub backing_format: Option<Vec<u8>>,
+}
+
+impl<P: Platform, I: Layer + 'static> OpenImage<P> for Legacy<I> {
+    fn format(&self) -> Format {
+        self.format
+    }
+
+    fn backing(&self) -> Option<Backing> {
+        let name = self.facts.backing_file.clone()?;
+        Some(Backing { names: alloc::vec![name], driver: self.facts.backing_format.clone() })
+    }
+
+    fn open_parts(&mut self, _: &P) -> Result<(), Failure> {
+        match self.facts.encrypted {
+            true => Err(Failure { format: self.format.into(), ..about(Step::Open, self.id, Cause::Encrypted) }),
+            false => Ok(()),
+        }
+    }
+
+    fn references(&self) -> Vec<Reference> {
+        let reference = |name: &Vec<u8>| Reference { role: FileRole::Backing.into(), name: name.clone() };
+        self.facts.backing_file.iter().map(reference).collect()
+    }
+
+    fn describe(&self, _: &P, info: &mut ImageInfo) -> Result<(), Failure> {
+        info.virtual_size = self.image.size();
+        info.cluster_size = self.facts.cluster_size;
+        info.encrypted = self.facts.encrypted;
+        info.dirty = self.facts.dirty;
+        info.backing_file = self.facts.backing_file.clone();
+        info.backing_format = self.facts.backing_format.clone();
+        Ok(())
+    }
+
+    fn select_snapshot(&mut self, _: &SnapshotSelector) -> Result<(), Failure> {
+        Err(Failure { format: self.format.into(), ..about(Step::Snapshot, self.id, Cause::SnapshotNotFound) })
+    }
+
+    fn into_layer(self: Box<Self>) -> Box<dyn Layer> {
+        Box::new(self.image)
+    }
+}
+
+/// An image that is written.
+pub(super) struct LegacyTarget<P: Platform, F> {
+    pub writer: legacy::Writer<TargetDisk<P>, F>,
+    pub id: FileId,
+    pub block_device: bool,
+    pub compression: Option<Compression>,
+}
+
+/// How clusters of qcow are compressed.
+pub(super) fn deflate(unit: u64) -> Compression {
+    Compression { codec: Codec::Deflate, unit, always: false }
+}
+
+/// The writers of all formats.
+pub(super) trait Finish: ImageWriter {
+    /// Writes the rest of the metadata.
+    fn finish_image(self) -> BlockResult<()>;
+}
+
+impl<P: Platform, F> MappedImage<P> for LegacyTarget<P, F>
+where
+    legacy::Writer<TargetDisk<P>, F>: Finish,
+{
+    fn id(&self) -> FileId {
+        self.id
+    }
+
+    fn disk(&self) -> &dyn ImageWriter {
+        &self.writer
+    }
+
+    fn disk_mut(&mut self) -> &mut dyn ImageWriter {
+        &mut self.writer
+    }
+
+    fn compression(&self) -> Option<Compression> {
+        self.compression
+    }
+
+    fn on_block_device(&self) -> bool {
+        self.block_device
+    }
+
+    fn finish(self: Box<Self>) -> Result<(), Failure> {
+        let id = self.id;
+        self.writer.finish_image().map_err(|error| block(Step::Write, Some(id), error.offset().unwrap_or(0), error))
+    }
+}
+
+/// Opens the target's file and makes or opens the image in it.
+pub(super) fn target<P: Platform, F: Send + 'static>(
+    platform: &P,
+    size: u64,
+    durable: bool,
+    open: impl FnOnce(TargetDisk<P>, FileId) -> Result<(legacy::Writer<TargetDisk<P>, F>, Option<Compression>), Failure>,
+) -> Result<TargetImage<P>, Failure>
+where
+    legacy::Writer<TargetDisk<P>, F>: Finish,
+{
+    let file = open_target_file(platform, FileRole::Target, size)?;
+    let (id, block_device) = (file.id, file.block_device);
+    let (writer, compression) = open(file.disk(durable), id)?;
+    Ok(TargetImage::Mapped(Box::new(LegacyTarget { writer, id, block_device, compression })))
+}
+
+/// An error of the file below.
+pub(super) fn io(step: Step, id: FileId, error: Error) -> Failure {
+    block(step, Some(id), error.offset().unwrap_or(0), error)
+}
+
+/// The bytes are not those of the format.
+pub(super) fn not_in_format(step: Step, id: FileId, format: Format) -> Failure {
+    Failure { format: format.into(), ..about(step, id, Cause::NotInFormat) }
+}
+
+/// Something wrong with the image, and the value at fault.
+pub(super) fn fault(step: Step, id: FileId, format: Format, fault: FormatFault, value: u64) -> Failure {
+    Failure { value: fault as u64, value2: value, format: format.into(), ..about(step, id, Cause::FormatFault) }
+}
+
+/// A second number for the message.
+pub(super) fn with_number(failure: Failure, number: u64) -> Failure {
+    Failure { text: alloc::format!("{number}").into_bytes(), ..failure }
+}
+
+macro_rules! finish {
+    ($($format:ident),*) => {$(
+        impl<P: Platform> Finish for legacy::$format::Writer<TargetDisk<P>> {
+            fn finish_image(self) -> BlockResult<()> {
+                self.finish().map(|_| ())
+            }
+        }
+    )*};
+}
+
+finish!(qcow, qed, vdi, parallels);

@@ -1,0 +1,84 @@
+//! QED.
+
+use alloc::boxed::Box;
+
+use instar_blockio::FileId;
+use instar_guest_protocol::message::{Cause, Failure, Format, FormatFault, OptionError, Step, Target};
+use instar_legacy::qed::{
+    CreateOptions, Error, Features, Image, OpenOptions, OptionError as Wrong, Writer, create as create_qed,
+};
+
+use super::legacy::{Facts, Legacy, fault, io, not_in_format, target};
+use super::{OpenImage, TargetImage, invalid_options};
+use crate::ops::failure::about;
+use crate::platform::{File, Platform};
+
+/// Opens an image.
+pub(super) fn open<P: Platform>(file: File<P>, id: FileId, strict: bool) -> Result<Box<dyn OpenImage<P>>, Failure> {
+    let image = Image::open(file, id, &OpenOptions { strict }).map_err(|error| failure(Step::Open, id, error))?;
+    let facts = Facts {
+        cluster_size: Some(image.cluster_size()),
+        dirty: image.header().features.contains(Features::NEED_CHECK),
+        backing_file: image.backing_file().map(<[u8]>::to_vec),
+        backing_format: image.backing_format().map(<[u8]>::to_vec),
+        ..Facts::default()
+    };
+    Ok(Box::new(Legacy { image, id, format: Format::Qed, facts }))
+}
+
+/// Makes a fresh image; it has no valid header before it is finished.
+pub(super) fn create<P: Platform>(
+    platform: &P,
+    wanted: &Target,
+    size: u64,
+    durable: bool,
+) -> Result<TargetImage<P>, Failure> {
+    let own = wanted.qed.clone().unwrap_or_default();
+    let standard = CreateOptions::default();
+    let options = CreateOptions {
+        size,
+        cluster_size: own.cluster_size.unwrap_or(standard.cluster_size),
+        table_size: own.table_size.unwrap_or(standard.table_size),
+        backing_file: wanted.backing.as_ref().map(|backing| backing.name.clone()),
+        backing_format: wanted.backing.as_ref().map(|backing| backing.format_name.clone()),
+    };
+    target(platform, size, durable, |disk, id| {
+        let writer = create_qed(disk, id, &options).map_err(|error| failure(Step::Create, id, error))?;
+        Ok((writer, None))
+    })
+}
+
+/// Opens an existing image to write into it.
+pub(super) fn open_target<P: Platform>(platform: &P, size: u64, durable: bool) -> Result<TargetImage<P>, Failure> {
+    target(platform, size, durable, |disk, id| {
+        Ok((Writer::open(disk, id).map_err(|error| failure(Step::OpenTarget, id, error))?, None))
+    })
+}
+
+fn failure(step: Step, id: FileId, error: Error) -> Failure {
+    let fault = |which, value| fault(step, id, Format::Qed, which, value);
+    match error {
+        Error::Io(error) => io(step, id, error),
+        Error::NotQed => not_in_format(step, id, Format::Qed),
+        Error::UnknownFeatures(bits) => fault(FormatFault::QedFeatures, bits),
+        Error::ClusterSize(size) => fault(FormatFault::QedClusterSize, size.into()),
+        Error::TableSize(size) => fault(FormatFault::QedTableSize, size.into()),
+        Error::ImageSize(size) => fault(FormatFault::QedImageSize, size),
+        Error::TableOffset(at) => fault(FormatFault::QedTableOffset, at),
+        Error::HeaderSize(size) => fault(FormatFault::QedHeaderSize, size.into()),
+        Error::BackingOffset(at) => fault(FormatFault::QedBackingOffset, at.into()),
+        Error::BackingNameTooLong(len) => fault(FormatFault::QedBackingLength, len.into()),
+        Error::Damaged => fault(FormatFault::QedDamaged, 0),
+        Error::Options(wrong) => {
+            let (reason, value2) = match wrong {
+                Wrong::ClusterSize(size) => (OptionError::QedClusterSize, size),
+                Wrong::TableSize(size) => (OptionError::QedTableSize, size),
+                Wrong::TableOfOneCluster => (OptionError::QedTableOfOneCluster, 1),
+                Wrong::SizeTooLarge(most) => (OptionError::QedImageSize, most),
+                _ => (OptionError::BackingNameLength, 0),
+            };
+            Failure { value2, ..invalid_options(id, Format::Qed, reason) }
+        }
+        _ => about(step, id, Cause::Unsupported),
+    }
+}

@@ -1,0 +1,98 @@
+//! QEMU copy on write, version 1.
+//!
+//! ```text
+//! header │ backing file name │ L1 table ──► L2 tables ──► data clusters, streams of raw deflate
+//! ```
+//!
+//! All numbers are big-endian. An L1 entry is the offset of an L2 table, an L2 entry that of a cluster; 0 means unallocated. Bit 63 of an L2
+//! entry marks a compressed cluster, whose length in bytes then lies in the bits from `63 - cluster_bits` on. Source: QEMU's
+//! `block/qcow.c`; there is no other specification.
+//!
+//! Images encrypted by AES are described, not decrypted.
+
+mod create;
+mod error;
+mod header;
+mod layout;
+
+use alloc::vec::Vec;
+
+use instar_blockio::{BlockRead, BlockWrite, FileId};
+
+use crate::image;
+use crate::store::Store;
+use crate::writer;
+
+pub use self::create::{CreateOptions, OptionError, create};
+pub use self::error::Error;
+pub use self::header::Header;
+pub use self::layout::Layout;
+pub use crate::image::OpenOptions;
+
+/// An opened image.
+pub type Image<D> = image::Image<D, Layout>;
+
+/// An image open for writing.
+pub type Writer<D> = writer::Writer<D, Layout>;
+
+impl<D: BlockRead> Image<D> {
+    /// Opens an image that lies in `file`, which extents call `id`.
+    ///
+    /// # Errors
+    /// A header that can't be, or the file's error.
+    pub fn open(file: D, id: FileId, options: &OpenOptions) -> Result<Self, Error> {
+        let header = Header::read(&file)?;
+        let layout = Layout::of(&header, file.size());
+        Ok(Self::new(Store::new(file, options.strict), layout, id))
+    }
+
+    /// What the header says.
+    pub fn header(&self) -> &Header {
+        self.format.header()
+    }
+
+    /// Bytes of a cluster.
+    pub fn cluster_size(&self) -> u64 {
+        self.format.header().cluster_size()
+    }
+
+    /// Is it encrypted? Then its contents can't be read.
+    pub fn is_encrypted(&self) -> bool {
+        self.format.header().encrypted
+    }
+
+    /// Name of the backing file.
+    pub fn backing_file(&self) -> Option<&[u8]> {
+        self.format.header().backing_file.as_deref()
+    }
+}
+
+impl<D: BlockWrite> Writer<D> {
+    /// Opens an existing image.
+    ///
+    /// # Errors
+    /// As [`Image::open`]; an encrypted image.
+    pub fn open(file: D, id: FileId) -> Result<Self, Error> {
+        let header = Header::read(&file)?;
+        if header.encrypted {
+            return Err(Error::Encrypted);
+        }
+        let layout = Layout::of(&header, file.size());
+        Ok(Self::new(Store::new(file, false), layout, id, false))
+    }
+
+    /// Bytes of a cluster.
+    pub fn cluster_size(&self) -> u64 {
+        self.format.header().cluster_size()
+    }
+}
+
+/// Reads a name of the file.
+fn read_name<D: BlockRead>(file: &D, offset: u64, len: u32) -> Result<Vec<u8>, Error> {
+    let mut name = crate::store::zeroed(len as usize)?;
+    crate::store::read_padded(file, offset, &mut name)?;
+    // To QEMU it is a C string.
+    let end = name.iter().position(|&byte| byte == 0).unwrap_or(name.len());
+    name.truncate(end);
+    Ok(name)
+}

@@ -1,0 +1,87 @@
+//! QEMU enhanced disk.
+//!
+//! ```text
+//! header, backing file name │ L1 table ──► L2 tables ──► data clusters
+//! ```
+//!
+//! All numbers are little-endian. Tables have a power of two of clusters each; an entry is the offset of a table or cluster, 0 for
+//! unallocated, and 1, in an L2 table, for a cluster of zeroes. What lies behind the last whole cluster of the file does not exist, so a file
+//! grows by whole clusters. Source: QEMU's `docs/interop/qed_spec.rst`.
+
+mod check;
+mod create;
+mod error;
+mod header;
+mod layout;
+
+use instar_blockio::{BlockRead, BlockWrite, FileId};
+
+use crate::image;
+use crate::store::Store;
+use crate::writer;
+
+pub use self::check::Finding;
+pub use self::create::{CreateOptions, OptionError, create};
+pub use self::error::Error;
+pub use self::header::{Features, Header};
+pub use self::layout::Layout;
+pub use crate::image::OpenOptions;
+
+/// An opened image.
+pub type Image<D> = image::Image<D, Layout>;
+
+/// An image open for writing.
+pub type Writer<D> = writer::Writer<D, Layout>;
+
+impl<D: BlockRead> Image<D> {
+    /// Opens an image that lies in `file`, which extents call `id`.
+    ///
+    /// # Errors
+    /// A header that can't be, or the file's error.
+    pub fn open(file: D, id: FileId, options: &OpenOptions) -> Result<Self, Error> {
+        let header = Header::read(&file)?;
+        let layout = Layout::of(&header, file.size());
+        Ok(Self::new(Store::new(file, options.strict), layout, id))
+    }
+
+    /// What the header says.
+    pub fn header(&self) -> &Header {
+        self.format.header()
+    }
+
+    /// Bytes of a cluster.
+    pub fn cluster_size(&self) -> u64 {
+        self.format.header().cluster_size.into()
+    }
+
+    /// Name of the backing file.
+    pub fn backing_file(&self) -> Option<&[u8]> {
+        self.format.header().backing_file.as_deref()
+    }
+
+    /// Name of the backing file's format, of which only that it is raw can be recorded.
+    pub fn backing_format(&self) -> Option<&[u8]> {
+        self.format.header().features.contains(Features::BACKING_IS_RAW).then_some(b"raw")
+    }
+}
+
+impl<D: BlockWrite> Writer<D> {
+    /// Opens an existing image. One that was not closed cleanly is checked and repaired first, as QEMU does.
+    ///
+    /// # Errors
+    /// As [`Image::open`]; an image that can't be repaired.
+    pub fn open(file: D, id: FileId) -> Result<Self, Error> {
+        let header = Header::read(&file)?;
+        let layout = Layout::of(&header, file.size());
+        let mut writer = Self::new(Store::new(file, false), layout, id, false);
+        if header.features.contains(Features::NEED_CHECK) {
+            writer.recover()?;
+        }
+        Ok(writer)
+    }
+
+    /// Bytes of a cluster.
+    pub fn cluster_size(&self) -> u64 {
+        self.format.header().cluster_size.into()
+    }
+}
