@@ -362,10 +362,12 @@ impl<D: BlockWrite> Writer<D> {
         if kept == 0 {
             return Ok(None);
         }
-        let mut word = [0; 8];
-        self.main.read(table.0.saturating_add(cluster * 8), &mut word)?;
+        // The table is looked at cluster by cluster, as an L2 table is.
+        let entry_at = table.0.saturating_add(cluster * 8);
+        let skip = self.header.geometry.in_cluster(entry_at) as usize;
+        let word = self.with_table(entry_at - skip as u64, |part| part[skip..].first_chunk().copied())?;
         let mut bytes = zeroed(cluster_size as usize)?;
-        match bitmap::decode(self.header.geometry, u64::from_be_bytes(word))? {
+        match bitmap::decode(self.header.geometry, word.map_or(0, u64::from_be_bytes))? {
             BitmapRunKind::Zeros => return Ok(None),
             BitmapRunKind::Ones => bytes.fill(0xff),
             BitmapRunKind::Data(host) => self.main.read(host.0, &mut bytes)?,

@@ -107,6 +107,9 @@ impl<D: BlockWrite> Writer<D> {
     pub(crate) fn store_clusters(&mut self, bytes: &[u8]) -> blockio::Result<u64> {
         let geometry = self.header.geometry;
         let at = self.take_clusters(geometry.clusters(bytes.len() as u64))? * geometry.cluster_size();
+        for cluster in (at..at.saturating_add(bytes.len() as u64)).step_by(geometry.cluster_size() as usize) {
+            self.forget_side(cluster);
+        }
         self.main.write(at, bytes)?;
         Ok(at)
     }

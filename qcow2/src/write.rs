@@ -203,7 +203,7 @@ impl<D: BlockWrite> Writer<D> {
 
     // --- Tables
 
-    fn with_table<R>(&self, at: u64, look: impl FnOnce(&[u8]) -> R) -> blockio::Result<R> {
+    pub(crate) fn with_table<R>(&self, at: u64, look: impl FnOnce(&[u8]) -> R) -> blockio::Result<R> {
         if let Some(table) = self.l2.peek(at) {
             return Ok(look(table));
         }

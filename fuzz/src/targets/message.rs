@@ -29,7 +29,7 @@ fn round_trip<M: Message + Default + PartialEq>(bytes: &[u8]) {
 /// One of each kind.
 pub fn seeds() -> Vec<Vec<u8>> {
     let call = |kind| tagged(0, &Call { kind: Some(kind) });
-    let source = Source { device: 1, format: Format::Qcow2.into(), snapshot: None };
+    let source = Source { device: 1, format: Format::Qcow2.into(), ..Source::default() };
     let failure = Failure { cause: Cause::TargetTooSmall.into(), ..Failure::default() };
     let open = OpenFile { role: FileRole::Backing.into(), name: b"base.qcow2".to_vec(), ..OpenFile::default() };
     let info = InfoRequest { chain: true, safety: true, image: source.clone() };

@@ -6,15 +6,17 @@ pub mod codec;
 pub mod detect;
 pub mod message;
 pub mod partition;
+pub mod qcow2_edit;
 pub mod qcow2_read;
 pub mod qcow2_write;
 
 /// All targets.
-pub const ALL: [Target; 6] = [
+pub const ALL: [Target; 7] = [
     Target { name: "codec", run: codec::run, seeds: codec::seeds },
     Target { name: "detect", run: detect::run, seeds: detect::seeds },
     Target { name: "message", run: message::run, seeds: message::seeds },
     Target { name: "partition", run: partition::run, seeds: partition::seeds },
+    Target { name: "qcow2_edit", run: qcow2_edit::run, seeds: qcow2_edit::seeds },
     Target { name: "qcow2_read", run: qcow2_read::run, seeds: qcow2_read::seeds },
     Target { name: "qcow2_write", run: qcow2_write::run, seeds: qcow2_write::seeds },
 ];
