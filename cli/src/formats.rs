@@ -19,6 +19,7 @@ pub fn driver(name: &str) -> Option<Driver> {
         return Some(match format {
             Format::Raw
             | Format::Qcow2
+            | Format::Vhdx
             | Format::File
             | Format::Qcow
             | Format::Qed

@@ -61,6 +61,10 @@ pub fn open_failure(failure: &Failure) -> Problem {
                 .with_hint("Record the format of the backing file in the image that names it (rebase -u -F FMT).");
         }
         Cause::UnknownBackingFormat => format!("Unknown driver '{}'", printable(&failure.text)),
+        Cause::ParentMismatch => format!(
+            "The parent is not the image that this one was made on, or was changed since (wanted: {})",
+            printable(&failure.text)
+        ),
         Cause::TooMany => format!("The image has too many entries ({})", failure.value),
         _ => general(failure),
     };
@@ -129,6 +133,7 @@ pub fn not_provided(format: Format) -> String {
 /// The virtual size exceeds what the format or the file system holds.
 pub fn size_too_large(target: Format) -> String {
     let hint = match target {
+        Format::Vhdx => return "Image size too large; max of 64TB".to_owned(),
         Format::Qcow2 => " (try using a larger cluster size)",
         _ => "",
     };
@@ -217,6 +222,31 @@ fn field(failure: &Failure) -> String {
         Field::SizeOverflow => "Could not refresh total sector count: File too large",
         Field::SnapshotTableBytes => "Snapshot table is too large",
         Field::RawFlagWithoutDataFile => "data-file-raw requires a data file",
+        Field::VhdxHeader => "No valid VHDX header found",
+        Field::VhdxRegionTable => "The region table of the VHDX image is not valid",
+        Field::VhdxRegion => "A region of the VHDX image has an impossible place",
+        Field::VhdxUnknownRequired => "The VHDX image requires a feature that is not known",
+        Field::VhdxMetadata => "The metadata of the VHDX image are not valid",
+        Field::VhdxBlockSize => return format!("Unsupported VHDX block size: {value}"),
+        Field::VhdxSectorSize => return format!("Unsupported VHDX sector size: {value}"),
+        Field::VhdxVirtualSize => return format!("Invalid VHDX virtual disk size: {value}"),
+        Field::VhdxBatSize => return format!("The VHDX BAT is too small ({value} entries)"),
+        Field::VhdxParentLocator => "The parent locator of the VHDX image is not valid",
+        Field::VhdxLog => "The log of the VHDX image can't be replayed",
+        Field::VhdxBlockState => return format!("VHDX BAT entry {value} has an invalid state."),
+        Field::VhdxBlockStart => {
+            return format!(
+                "VHDX BAT entry {value} start offset points after end of file. Image has probably been truncated."
+            );
+        }
+        Field::VhdxBlockEnd => {
+            return format!(
+                "VHDX BAT entry {value} end offset points after end of file. Image has probably been truncated."
+            );
+        }
+        Field::VhdxBlockOverlap => return format!("The block of VHDX BAT entry {value} overlaps with a region"),
+        Field::VhdxBlockBitmap => return format!("The block of VHDX BAT entry {value} has no sector bitmap"),
+        Field::VhdxDifferencingWrite => "Differencing VHDX images can't be written by this version",
         // A field that is newer than this table.
         _ => "A header field is invalid",
     };
@@ -273,6 +303,9 @@ fn option_error(error: OptionError) -> &'static str {
         OptionError::BackingFormatAlone => "Backing format cannot be used without backing file",
         OptionError::BackingNameLength => "Backing file name too long",
         OptionError::BackingFormatLength => "Backing format name too long",
+        OptionError::VhdxBlockSize => "Block size must be a power of two",
+        OptionError::VhdxLogSizeZero => "Log size must be a multiple of 1 MB",
+        OptionError::VhdxLogSizeTooLarge => "Log size must be smaller than 4 GB",
         _ => "The creation options contradict each other",
     }
 }
@@ -306,11 +339,11 @@ mod tests {
 
     #[test]
     fn every_field_and_option_has_a_text() {
-        for value in (1..).take_while(|value| Field::try_from(*value).is_ok()) {
+        for value in (1..200).filter(|value| Field::try_from(*value).is_ok()) {
             let text = open_failure(&Failure { value: value as u64, ..failure(Cause::InvalidField) }).to_string();
             assert!(!text.contains("gave up") && text != "A header field is invalid", "{value}");
         }
-        for value in (1..).take_while(|value| OptionError::try_from(*value).is_ok()) {
+        for value in (1..200).filter(|value| OptionError::try_from(*value).is_ok()) {
             let failure = Failure { value: value as u64, ..failure(Cause::InvalidOptions) };
             let text = create_failure(&failure, Format::Qcow2).to_string();
             assert!(!text.contains("gave up") && !text.contains("contradict each other"), "{value}");

@@ -382,6 +382,12 @@ pub struct Target {
     /// Parallels creation options.
     #[prost(message, optional, tag = "22")]
     pub parallels: Option<ParallelsOptions>,
+    /// VHDX creation options.
+    #[prost(message, optional, tag = "30")]
+    pub vhdx: Option<VhdxOptions>,
+    /// Random bytes for the identifiers of what is made or changed; the guest has no randomness of its own.
+    #[prost(bytes = "vec", tag = "31")]
+    pub seed: Vec<u8>,
 }
 
 /// A backing image to record in a new image.
@@ -455,6 +461,26 @@ pub struct ParallelsOptions {
     /// Bytes.
     #[prost(uint64, optional, tag = "1")]
     pub cluster_size: Option<u64>,
+}
+
+/// VHDX creation options; absent ones take qemu-img's default.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct VhdxOptions {
+    /// Bytes; 0: by the size of the disk.
+    #[prost(uint64, optional, tag = "1")]
+    pub block_size: Option<u64>,
+    /// Bytes.
+    #[prost(uint64, optional, tag = "2")]
+    pub log_size: Option<u64>,
+    /// Space for everything from the beginning.
+    #[prost(bool, tag = "3")]
+    pub fixed: bool,
+    /// Blocks without data are marked as zero.
+    #[prost(bool, optional, tag = "4")]
+    pub block_state_zero: Option<bool>,
+    /// Name of the program, as it is stored.
+    #[prost(bytes = "vec", tag = "5")]
+    pub creator: Vec<u8>,
 }
 
 /// How much of a new image is allocated.
@@ -742,6 +768,8 @@ pub enum Cause {
     FormatFault = 80,
     /// Chunks of type `value` in an Apple disk image can't be read; a warning.
     UnreadableChunks = 81,
+    /// The parent is another image, or was changed since; `text` = its identity as the child has it.
+    ParentMismatch = 90,
 }
 
 /// Reasons of [`Cause::BitmapRefused`].
@@ -816,7 +844,7 @@ pub enum AmendRefusal {
     SizeNegative = 16,
 }
 
-/// Header fields and tables of qcow2 named by [`Cause::InvalidField`].
+/// Header fields and tables named by [`Cause::InvalidField`]; of qcow2 where not said otherwise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
 #[repr(i32)]
 pub enum Field {
@@ -900,6 +928,40 @@ pub enum Field {
     SizeOverflow = 38,
     /// The snapshot table has too many bytes: `value2` snapshots lie behind the limit.
     SnapshotTableBytes = 39,
+    /// VHDX: neither header is valid.
+    VhdxHeader = 80,
+    /// VHDX: neither region table is valid, or it contradicts the specification.
+    VhdxRegionTable = 81,
+    /// VHDX: a region, or the log, has an impossible place: `value2` = offset.
+    VhdxRegion = 82,
+    /// VHDX: a region or metadata item that must be understood and is not known.
+    VhdxUnknownRequired = 83,
+    /// VHDX: the metadata contradict the specification.
+    VhdxMetadata = 84,
+    /// VHDX: block size.
+    VhdxBlockSize = 85,
+    /// VHDX: logical sector size.
+    VhdxSectorSize = 86,
+    /// VHDX: virtual size.
+    VhdxVirtualSize = 87,
+    /// VHDX: the BAT is too small: `value2` = its entries.
+    VhdxBatSize = 88,
+    /// VHDX: the parent locator is broken or of another kind.
+    VhdxParentLocator = 89,
+    /// VHDX: the log can't be replayed.
+    VhdxLog = 90,
+    /// VHDX: state of a block: `value2` = BAT index.
+    VhdxBlockState = 91,
+    /// VHDX: a block begins behind the end of the file: `value2` = BAT index.
+    VhdxBlockStart = 92,
+    /// VHDX: a block ends behind the end of the file: `value2` = BAT index.
+    VhdxBlockEnd = 93,
+    /// VHDX: a block overlaps a region: `value2` = BAT index.
+    VhdxBlockOverlap = 94,
+    /// VHDX: a partially present block without sector bitmap: `value2` = BAT index.
+    VhdxBlockBitmap = 95,
+    /// VHDX: a differencing image is to be written.
+    VhdxDifferencingWrite = 96,
 }
 
 /// What is wrong with a bitmap directory ([`Field::BitmapDirectory`]).
@@ -984,6 +1046,12 @@ pub enum OptionError {
     ParallelsClusterSize = 47,
     /// Parallels: virtual size, too large for the clusters.
     ParallelsImageSize = 48,
+    /// VHDX: block size.
+    VhdxBlockSize = 80,
+    /// VHDX: no log.
+    VhdxLogSizeZero = 81,
+    /// VHDX: log size.
+    VhdxLogSizeTooLarge = 82,
 }
 
 /// What is wrong with an image of the older formats ([`Cause::FormatFault`]).

@@ -80,6 +80,14 @@ fn target() -> m::Target {
         qed: Some(m::QedOptions { cluster_size: Some(65536), table_size: Some(4) }),
         vdi: Some(m::VdiOptions { is_static: true, uuids: vec![7; 32] }),
         parallels: Some(m::ParallelsOptions { cluster_size: Some(1 << 20) }),
+        vhdx: Some(m::VhdxOptions {
+            block_size: Some(8 << 20),
+            log_size: Some(1 << 20),
+            fixed: true,
+            block_state_zero: Some(true),
+            creator: b"QEMU".to_vec(),
+        }),
+        seed: b"random".to_vec(),
     }
 }
 

@@ -84,6 +84,7 @@ fn request(source: Source, format: Format, qcow2: Qcow2Options) -> ConvertReques
             existing: false,
             qcow2: Some(qcow2),
             preallocation: Preallocation::Off.into(),
+            backing: None,
             ..Target::default()
         },
         sparse_bytes: 4096,

@@ -10,7 +10,7 @@ use instar_guest_protocol::message::{
 
 use super::{CommandLine, Objects, Settings, is_cache_mode};
 use crate::args::{Key, Opt};
-use crate::creation::{self, creatable};
+use crate::creation::{self, creatable, seed};
 use crate::files::{Access, Files, Refusal};
 use crate::formats;
 use crate::image_opts::ImageSpec;
@@ -375,7 +375,7 @@ impl Plan {
             Format::File => Format::Raw,
             format => format,
         };
-        let wire = Target { format: format.into(), existing: true, ..Target::default() };
+        let wire = Target { format: format.into(), existing: true, seed: seed(), ..Target::default() };
         Ok(Self { given: target.to_owned(), format, wire, new: None, early: None, existing: Some(spec), backing: None })
     }
 

@@ -6,6 +6,11 @@ pub mod qcow2;
 pub mod qed;
 pub mod raw;
 pub mod vdi;
+pub mod vhdx;
+
+use std::fs::File;
+use std::io::Read;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use instar_guest_protocol::message::{Format, Preallocation, Target};
 
@@ -16,7 +21,15 @@ use crate::options::{Options, Spec};
 use crate::problem::Problem;
 
 /// All of them.
-static FORMATS: [Creatable; 6] = [&raw::RAW, &qcow2::QCOW2, &qcow::QCOW, &qed::QED, &vdi::VDI, &parallels::PARALLELS];
+static FORMATS: [Creatable; 7] = [
+    &raw::RAW,
+    &qcow2::QCOW2,
+    &vhdx::VHDX,
+    &qcow::QCOW,
+    &qed::QED,
+    &vdi::VDI,
+    &parallels::PARALLELS,
+];
 
 /// A format that can be created, and how.
 #[derive(Debug)]
@@ -88,6 +101,18 @@ fn file_preallocation(layout: &mut Layout, options: &Options) {
         Some((word, None)) => layout.early = Some(Problem::new(format!("invalid parameter value: {word}"))),
         _ => {}
     }
+}
+
+/// Random bytes for the identifiers of a new or changed image. They are to differ, not to be secret: without the system's
+/// generator, the time and the process will do.
+pub fn seed() -> Vec<u8> {
+    let mut bytes = [0; 16];
+    let read = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
+    if read.is_err() {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos());
+        bytes = (since ^ u128::from(std::process::id()) << 96).to_le_bytes();
+    }
+    bytes.to_vec()
 }
 
 /// Is it negative, as qemu-img takes it?

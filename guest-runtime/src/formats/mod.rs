@@ -14,6 +14,7 @@ mod qed;
 mod raw;
 pub mod target;
 mod vdi;
+mod vhdx;
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
@@ -272,6 +273,7 @@ pub fn open_image<P: Platform>(
         Format::Dmg => dmg::open(platform, file, id, strict),
         Format::Bochs => bochs::open(file, id, strict),
         Format::Cloop => cloop::open(file, id, strict),
+        Format::Vhdx => vhdx::open(file, id),
         other => Err(Failure { format: other.into(), ..about(Step::Open, id, Cause::FormatNotSupported) }),
     }
 }
@@ -293,6 +295,7 @@ pub fn create_image<P: Platform>(
         Format::Qed => qed::create(platform, target, size, durable),
         Format::Vdi => vdi::create(platform, target, size, durable),
         Format::Parallels => parallels::create(platform, target, size, durable),
+        Format::Vhdx => vhdx::create(platform, target, size, durable),
         format => Err(Failure { format: format.into(), ..failure(Step::Create, Cause::FormatNotSupported) }),
     }
 }
@@ -314,6 +317,7 @@ pub fn open_target<P: Platform>(
         Format::Qed => qed::open_target(platform, size, durable),
         Format::Vdi => vdi::open_target(platform, size, durable),
         Format::Parallels => parallels::open_target(platform, size, durable),
+        Format::Vhdx => vhdx::open_target(platform, target, size, durable),
         format => Err(Failure { format: format.into(), ..failure(Step::OpenTarget, Cause::FormatNotSupported) }),
     }
 }
