@@ -84,7 +84,7 @@ impl Regions {
         Ok(())
     }
 
-    /// The 64 KiB of a region table.
+    /// The 64 KiB of a region table. As QEMU does, it leaves the bit "required" unset: every reader knows these two.
     pub(crate) fn emit(&self) -> Result<Vec<u8>> {
         let mut bytes = zeroed(REGION_TABLE_LEN)?;
         let mut table = RawRegionTable::new_zeroed();
@@ -97,7 +97,7 @@ impl Regions {
         {
             // New tables are below 4 GiB.
             let len = u32::try_from(area.len).map_err(|_| Error::RegionPlace(Region::Bat, area.at))?;
-            let raw = RawRegion { guid, at: area.at.into(), len: len.into(), flags: REGION_REQUIRED.into() };
+            let raw = RawRegion { guid, at: area.at.into(), len: len.into(), flags: 0.into() };
             place.copy_from_slice(raw.as_bytes());
         }
         let sum = checksum(&bytes);

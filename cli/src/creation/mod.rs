@@ -21,15 +21,8 @@ use crate::options::{Options, Spec};
 use crate::problem::Problem;
 
 /// All of them.
-static FORMATS: [Creatable; 7] = [
-    &raw::RAW,
-    &qcow2::QCOW2,
-    &vhdx::VHDX,
-    &qcow::QCOW,
-    &qed::QED,
-    &vdi::VDI,
-    &parallels::PARALLELS,
-];
+static FORMATS: [Creatable; 7] =
+    [&raw::RAW, &qcow2::QCOW2, &vhdx::VHDX, &qcow::QCOW, &qed::QED, &vdi::VDI, &parallels::PARALLELS];
 
 /// A format that can be created, and how.
 #[derive(Debug)]
