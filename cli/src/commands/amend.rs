@@ -186,3 +186,40 @@ fn typed(options: &Options) -> Amended<'_> {
         refcount_bits: options.number("refcount_bits").unwrap_or_default(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<AmendOptions, String> {
+        let mut list = OptionList::default();
+        list.add(text)?;
+        changes(&list).map(|options| wire(&options)).map_err(|problem| problem.to_string())
+    }
+
+    #[test]
+    fn what_was_not_given_stays() {
+        assert_eq!(parse("compat=v3"), Ok(AmendOptions { version: Some(3), ..AmendOptions::default() }));
+        assert_eq!(
+            parse("size=1M,nolazy_refcounts,refcount_bits=8,encrypt.keyslot=1"),
+            Ok(AmendOptions {
+                size: Some(1 << 20),
+                lazy_refcounts: Some(false),
+                refcount_bits: Some(8),
+                encryption: true,
+                ..AmendOptions::default()
+            })
+        );
+        // The guest refuses it, in its turn.
+        assert_eq!(parse("compat=7").map(|options| options.version), Ok(Some(0)));
+    }
+
+    #[test]
+    fn creation_options_are_told_from_nonsense() {
+        assert_eq!(
+            parse("cluster_size=4k").unwrap_err(),
+            "Invalid parameter 'cluster_size'\nThis option is only supported for image creation"
+        );
+        assert_eq!(parse("nosuch=1").unwrap_err(), "Invalid parameter 'nosuch'");
+    }
+}

@@ -117,3 +117,39 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn complaint(words: &[(Key, &str)]) -> Option<Fail> {
+        let mut arguments = Arguments::default();
+        words.iter().for_each(|(key, value)| arguments.take(*key, (*value).to_owned()).unwrap());
+        arguments.check().err()
+    }
+
+    #[test]
+    fn complaints_come_in_order() {
+        let add = (Key::Add, "");
+        for (words, want) in [
+            (&[][..], "Need at least one of --add, --remove, --clear, --enable, --disable, or --merge"),
+            (&[(Key::Clear, ""), (Key::Granularity, "4k")], "granularity only supported with --add"),
+            (&[add, (Key::SourceFormat, "raw")], "-F only supported with -b"),
+            (&[add, (Key::SourceFile, "x")], "Merge bitmap source file only supported with --merge"),
+        ] {
+            assert_eq!(complaint(words), Some(Fail::from(want)));
+        }
+        assert_eq!(complaint(&[(Key::Merge, "b1"), (Key::SourceFile, "x"), (Key::SourceFormat, "qcow2")]), None);
+        assert_eq!(complaint(&[add, (Key::Granularity, "4k")]), None);
+    }
+
+    #[test]
+    fn granularities() {
+        let error = |text: &str| Arguments::default().take(Key::Granularity, text.to_owned()).unwrap_err();
+        assert_eq!(error("foo"), Fail::from("Invalid granularity specified: 'foo'."));
+        assert_eq!(
+            error("10E"),
+            Fail::from("Invalid granularity specified. Must be between 0 and 9223372036854775807.")
+        );
+    }
+}

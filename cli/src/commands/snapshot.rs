@@ -114,3 +114,17 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_action_only() {
+        let mut arguments = Arguments::default();
+        arguments.take(Key::CreateSnapshot, "x".to_owned()).unwrap();
+        assert_eq!(arguments.action, Some((SnapshotAction::Create, "x".to_owned())));
+        let mixed = arguments.take(Key::List, String::new()).unwrap_err();
+        assert_eq!(mixed, Fail::Usage("Cannot mix '-l', '-a', '-c', '-d'".to_owned()));
+    }
+}
