@@ -13,6 +13,8 @@ use instar_blockio::{
 use crate::image::{Map, Run, Unpacked, extent, read};
 use crate::store::{Store, zeroed};
 
+/// Units of a reservation at most.
+const MAX_UNITS: u64 = 8192;
 /// Bytes copied at a time where a unit is moved.
 const PIECE: u64 = 1 << 20;
 
@@ -59,6 +61,11 @@ pub trait Allocate: Map {
         Err(Error::new(ErrorKind::Unsupported))
     }
 
+    /// Takes back units that [`allocate`](Self::allocate) gave and that were not linked. Without this they stay unused.
+    fn release(&mut self, host: u64, count: u64) {
+        let _ = (host, count);
+    }
+
     /// Makes unallocated units read as zero without allocating them; says whether the format can.
     ///
     /// # Errors
@@ -101,6 +108,8 @@ pub struct Writer<D, F> {
     id: FileId,
     /// Units that have a place and no entry yet: the first of a run, how many, and where.
     pending: BTreeMap<u64, (u64, u64)>,
+    /// The units of open reservations: the first, and how many.
+    open: Vec<(u64, u64)>,
     unpacked: RefCell<Unpacked>,
     /// The header says that the image is being changed, or there is none yet.
     begun: bool,
@@ -114,7 +123,15 @@ impl<D, F: fmt::Debug> fmt::Debug for Writer<D, F> {
 
 impl<D: BlockWrite, F: Allocate> Writer<D, F> {
     pub(crate) fn new(store: Store<D>, format: F, id: FileId, fresh: bool) -> Self {
-        Self { store, format, id, pending: BTreeMap::new(), unpacked: RefCell::default(), begun: fresh }
+        Self {
+            store,
+            format,
+            id,
+            pending: BTreeMap::new(),
+            open: Vec::new(),
+            unpacked: RefCell::default(),
+            begun: fresh,
+        }
     }
 
     /// Writes the rest of the metadata, the header last, and gives the file back.
@@ -195,8 +212,14 @@ impl<D: BlockWrite, F: Allocate> Writer<D, F> {
         {
             let bytes = self.unpacked.get_mut().unpack(self.store.file(), &packed)?.to_vec();
             let (from, to) = (from as usize, (to as usize).min(bytes.len()));
-            self.store.file_mut().write_at(host, &bytes[..from])?;
-            return self.store.file_mut().write_at(host + to as u64, &bytes[to..]);
+            // A write of nothing behind the end of a file is out of bounds.
+            if from > 0 {
+                self.store.file_mut().write_at(host, &bytes[..from])?;
+            }
+            if to < bytes.len() {
+                self.store.file_mut().write_at(host + to as u64, &bytes[to..])?;
+            }
+            return Ok(());
         }
         if from > 0 {
             self.store.clear_file(host, from)?;
@@ -217,6 +240,13 @@ impl<D: BlockWrite, F: Allocate> Writer<D, F> {
         {
             true => Err(Error::new(ErrorKind::InvalidInput).at(index * self.format.unit())),
             false => Ok(()),
+        }
+    }
+
+    /// A reservation is open no longer.
+    fn close(&mut self, units: (u64, u64)) {
+        if let Some(at) = self.open.iter().position(|&open| open == units) {
+            self.open.swap_remove(at);
         }
     }
 
@@ -309,6 +339,7 @@ impl<D: BlockWrite, F: Allocate> BlockAlloc for Writer<D, F> {
         self.begin()?;
         let unit = self.format.unit();
         let (first, units) = self.units_of(offset, len);
+        let units = units.min(MAX_UNITS);
         let skip = offset - first * unit;
         let mut count = 1;
         let host = match self.place(first)? {
@@ -344,6 +375,7 @@ impl<D: BlockWrite, F: Allocate> BlockAlloc for Writer<D, F> {
             }
         };
         let len = len.min(count * unit - skip);
+        self.open.push(self.units_of(offset, len));
         Ok(Reservation { offset, len, file: self.id, host: host + skip, stored_len: len, compressed: false })
     }
 
@@ -368,22 +400,29 @@ impl<D: BlockWrite, F: Allocate> BlockAlloc for Writer<D, F> {
             return self.format.link_packed(&mut self.store, done.offset / unit, done.host, len);
         }
         let (first, count) = self.units_of(done.offset, done.len.max(1));
+        self.close((first, count));
         for (index, count, host) in self.take_pending(first, count) {
             self.format.link(&mut self.store, index, host, count)?;
         }
         Ok(())
     }
 
-    /// The place stays with its units, cleared, until they are written or the image is finished.
+    /// New units that no other open reservation touches are given up.
     fn abort(&mut self, undone: Reservation) -> Result<()> {
-        let (first, count) = self.units_of(undone.offset, undone.len.max(1));
-        let waits = (first..first + count).any(|index| {
-            self.pending.range(..=index).next_back().is_some_and(|(&first, &(count, _))| index - first < count)
-        });
-        match waits && !undone.compressed {
-            true => self.store.clear_file(undone.host, undone.len),
-            false => Ok(()),
+        if undone.compressed {
+            return Ok(());
         }
+        let (first, count) = self.units_of(undone.offset, undone.len.max(1));
+        self.close((first, count));
+        for index in (first..first + count).rev() {
+            if self.open.iter().any(|&(first, count)| (first..first + count).contains(&index)) {
+                continue;
+            }
+            for (_, count, host) in self.take_pending(index, 1) {
+                self.format.release(host, count);
+            }
+        }
+        Ok(())
     }
 
     fn alloc_unit(&self) -> u64 {

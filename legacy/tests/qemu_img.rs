@@ -57,7 +57,8 @@ fn qemu_img_reads_and_checks_what_is_written() {
             let file = made(format, size, true);
             assert!(qemu_reads(dir.path(), driver, &file) == flat(size), "{format} of {size} bytes");
             assert!(read(driver, file) == flat(size), "{format} of {size} bytes, read here");
-            if driver != "qcow" {
+            // QEMU takes clusters that are no power of two for damage.
+            if driver != "qcow" && format != "parallels-odd" {
                 let text = qemu_img(dir.path(), &["check", "-f", driver, "image"]);
                 assert!(text.starts_with("No errors"), "{format} of {size} bytes: {text}");
             }
@@ -85,7 +86,7 @@ fn what_qemu_img_writes_is_read() {
             ("vdi", "static=off"),
             ("vdi", "static=on"),
             ("parallels", "cluster_size=1M"),
-            ("parallels", "cluster_size=7680"),
+            ("parallels", "cluster_size=8192"),
         ] {
             if (driver, size) == ("qcow", 0) {
                 continue;
@@ -280,13 +281,15 @@ fn damage_is_found_and_repaired_as_by_qemu_img() {
     let put = |file: &mut Vec<u8>, at: usize, number: u32| file[at..at + 4].copy_from_slice(&number.to_le_bytes());
 
     let good = made("parallels", 9_000_448, true);
-    let entries: [u32; 3] = std::array::from_fn(|i| u32::from_le_bytes(good[64 + 4 * i..][..4].try_into().unwrap()));
-    assert!(entries[0] == 1 && entries[1] != 0, "{entries:?}");
+    // The second cluster that is there.
+    let entry = |i: usize| u32::from_le_bytes(good[64 + 4 * i..][..4].try_into().unwrap());
+    let second = 64 + 4 * (1..9).find(|&i| entry(i) != 0).unwrap();
+    assert_eq!(entry(0), 1);
     let damages: [Damage<'_>; 5] = [
         ("in use", &|file| put(file, 44, 0x746f_6e59)),
         ("start of the data", &|file| put(file, 48, 1)),
-        ("shared", &|file| put(file, 68, 1)),
-        ("leaked", &|file| file.extend([0; 1_500_000])),
+        ("shared", &|file| put(file, second, 1)),
+        ("leaked", &|file| file.resize(file.len() + 1_500_000, 0)),
         ("outside", &|file| put(file, 64, 0x7000_0000)),
     ];
     for (name, damage) in damages {

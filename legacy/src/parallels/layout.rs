@@ -135,6 +135,12 @@ impl Allocate for Layout {
         Ok(())
     }
 
+    fn release(&mut self, host: u64, count: u64) {
+        if host + count * self.header.cluster_size == self.end {
+            self.end = host;
+        }
+    }
+
     fn begin<D: BlockWrite>(&mut self, store: &mut Store<D>) -> Result<()> {
         self.put_in_use(store, true)
     }

@@ -109,6 +109,12 @@ impl Allocate for Layout {
         Ok(())
     }
 
+    fn release(&mut self, host: u64, count: u64) {
+        if host + count * BLOCK_SIZE == self.end() {
+            self.used -= count as u32;
+        }
+    }
+
     fn put_header<D: BlockWrite>(&mut self, store: &mut Store<D>) -> Result<()> {
         let mut raw = self.header.raw;
         raw.blocks_allocated = U32::new(self.used);
