@@ -4,6 +4,7 @@ use crate::Target;
 
 pub mod codec;
 pub mod detect;
+pub mod legacy;
 pub mod message;
 pub mod partition;
 pub mod qcow2_edit;
@@ -11,7 +12,7 @@ pub mod qcow2_read;
 pub mod qcow2_write;
 
 /// All targets.
-pub const ALL: [Target; 7] = [
+pub const ALL: [Target; 14] = [
     Target { name: "codec", run: codec::run, seeds: codec::seeds },
     Target { name: "detect", run: detect::run, seeds: detect::seeds },
     Target { name: "message", run: message::run, seeds: message::seeds },
@@ -19,4 +20,11 @@ pub const ALL: [Target; 7] = [
     Target { name: "qcow2_edit", run: qcow2_edit::run, seeds: qcow2_edit::seeds },
     Target { name: "qcow2_read", run: qcow2_read::run, seeds: qcow2_read::seeds },
     Target { name: "qcow2_write", run: qcow2_write::run, seeds: qcow2_write::seeds },
+    Target { name: "bochs", run: legacy::bochs, seeds: legacy::bochs_seeds },
+    Target { name: "cloop", run: legacy::cloop, seeds: legacy::cloop_seeds },
+    Target { name: "dmg", run: legacy::dmg, seeds: legacy::dmg_seeds },
+    Target { name: "parallels", run: legacy::parallels, seeds: legacy::parallels_seeds },
+    Target { name: "qcow", run: legacy::qcow, seeds: legacy::qcow_seeds },
+    Target { name: "qed", run: legacy::qed, seeds: legacy::qed_seeds },
+    Target { name: "vdi", run: legacy::vdi, seeds: legacy::vdi_seeds },
 ];

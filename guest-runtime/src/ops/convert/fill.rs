@@ -16,12 +16,29 @@ const MAX_GAP: u64 = 4096;
 /// The unit in which unreadable data is given up, as in qemu-img.
 const SECTOR: usize = 512;
 
+/// Units longer than this are not decoded by each vCPU for itself: a chunk is a small part of such a unit.
+const LARGE_UNIT: u32 = 4 << 20;
+/// Nor are streams by this much longer than twice their unit.
+const STREAM_SLACK: u32 = 4096;
+
+/// Reads the source itself.
+pub(super) type ReadSource<'a> = dyn Fn(u64, &mut [u8]) -> Result<(), Error> + 'a;
+
 /// What a vCPU keeps from chunk to chunk.
 #[derive(Default)]
-pub(super) struct Scratch {
+pub(super) struct Scratch<'a> {
+    /// Takes large units apart, once for all vCPUs.
+    source: Option<&'a ReadSource<'a>>,
     decoder: Decoder,
     streams: Vec<u8>,
     unit: Vec<u8>,
+}
+
+impl<'a> Scratch<'a> {
+    /// With a way to read the source itself.
+    pub fn with_source(source: &'a ReadSource<'a>) -> Self {
+        Self { source: Some(source), ..Self::default() }
+    }
 }
 
 /// An error, what was being done, and at which disk offset.
@@ -111,12 +128,13 @@ pub(super) fn fill<'b, P: Platform>(
     platform: &P,
     chunk: &Chunk,
     buf: &'b mut [u8],
-    scratch: &mut Scratch,
+    scratch: &mut Scratch<'_>,
     under: Option<&dyn BlockRead>,
     wanted: impl Fn(&Extent) -> bool,
     mut batch: Batch<'b>,
 ) -> Outcome<()> {
     let mut decodes = Vec::new();
+    let mut large = Vec::new();
     let mut rest = buf;
     for extent in &chunk.extents {
         let (part, tail) = core::mem::take(&mut rest).split_at_mut(extent.len as usize);
@@ -128,6 +146,7 @@ pub(super) fn fill<'b, P: Platform>(
             ExtentKind::Data { file, host } => {
                 batch.push(extent.offset, Io::Read { file, offset: host, buf: part });
             }
+            ExtentKind::Compressed(run) if is_large(&run) => large.push((extent.offset, part)),
             ExtentKind::Compressed(run) => decodes.push(Decode { run, disk_offset: extent.offset, out: part }),
             ExtentKind::Unallocated => {
                 read_under(under, extent.offset, part).map_err(Fault::read(extent.offset))?;
@@ -137,14 +156,22 @@ pub(super) fn fill<'b, P: Platform>(
         }
     }
     let (reads, places) = plan_streams(platform, &decodes);
-    let Scratch { decoder, streams, unit } = scratch;
+    let Scratch { source, decoder, streams, unit } = scratch;
     streams.resize(reads.last().map_or(0, |last| last.at + last.len as usize), 0);
     with_stream_reads(batch, &reads, streams).submit(platform)?;
     for (decode, place) in decodes.into_iter().zip(places) {
         let at = decode.disk_offset;
         decode_part(decoder, unit, decode, &streams[place]).map_err(Fault::read(at))?;
     }
+    for (at, part) in large {
+        let read = source.map_or(Err(ErrorKind::Unsupported.into()), |read| read(at, part));
+        read.map_err(Fault::read(at))?;
+    }
     Ok(())
+}
+
+fn is_large(run: &CompressedRun) -> bool {
+    run.unit_len > LARGE_UNIT || run.stored_len > run.unit_len.saturating_mul(2).saturating_add(STREAM_SLACK)
 }
 
 /// Reads what `under` holds; zero behind its end.

@@ -78,7 +78,7 @@ impl<P: Platform> MappedTarget<P> {
         chunk: &Chunk,
         sparse: &Sparse,
         bytes: &mut Vec<u8>,
-        scratch: &mut Scratch,
+        scratch: &mut Scratch<'_>,
     ) -> Outcome<()> {
         if says_zero(chunk, sparse) {
             return Ok(());

@@ -192,7 +192,8 @@ impl<'a, P: Platform> Job<'a, P> {
 
     /// What each vCPU does until the disk is done.
     fn work(&self) -> Result<(), Failure> {
-        let mut scratch = Scratch::default();
+        let read = |offset: u64, part: &mut [u8]| self.planner.lock().source().read_at(offset, part);
+        let mut scratch = Scratch::with_source(&read);
         let mut encoder = self.target.encoder();
         while let Some(chunk) = self.take_chunk()? {
             self.convert(&chunk, &mut scratch, encoder.as_mut()).map_err(to_failure)?;
@@ -232,7 +233,7 @@ impl<'a, P: Platform> Job<'a, P> {
         }
     }
 
-    fn convert(&self, chunk: &Chunk, scratch: &mut Scratch, encoder: Option<&mut Encoder>) -> Outcome<()> {
+    fn convert(&self, chunk: &Chunk, scratch: &mut Scratch<'_>, encoder: Option<&mut Encoder>) -> Outcome<()> {
         let mut buf = self.buffers.lock().pop().unwrap_or_default();
         match self.target {
             Target::Raw(raw, _) => {

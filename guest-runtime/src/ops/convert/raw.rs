@@ -26,7 +26,7 @@ impl RawTarget {
         chunk: &Chunk,
         sparse: &Sparse,
         buf: &mut Vec<u8>,
-        scratch: &mut Scratch,
+        scratch: &mut Scratch<'_>,
         counters: &Counters,
     ) -> Outcome<()> {
         let mut batch = Batch::default();
