@@ -17,7 +17,7 @@ use object::read::elf::{ElfFile64, FileHeader, ProgramHeader};
 use object::{LittleEndian, Object, ObjectSymbol, SymbolKind};
 
 /// The programs: names of the binaries behind `instar-guest-`.
-const PROGRAMS: [&str; 5] = ["info", "convert", "create", "edit", "selftest"];
+const PROGRAMS: [&str; 6] = ["info", "convert", "create", "edit", "query", "selftest"];
 
 /// Profile `guest`, for a build outside of the workspace, where the manifest with the profiles is not seen.
 const PROFILE: [&str; 7] = [

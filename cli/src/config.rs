@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::problem::{Problem, os_text};
+use crate::program::Fail;
 
 /// What a file may say.
 #[derive(Debug, Default, Deserialize)]
@@ -47,6 +48,20 @@ pub enum Output {
     Human,
     /// JSON.
     Json,
+}
+
+impl Output {
+    /// What `--output` says.
+    ///
+    /// # Errors
+    /// The message.
+    pub fn parse(text: &str) -> Result<Self, Fail> {
+        match text {
+            "human" => Ok(Self::Human),
+            "json" => Ok(Self::Json),
+            _ => Err(Fail::Usage(format!("--output expects 'human' or 'json' not '{text}'"))),
+        }
+    }
 }
 
 /// A file that is looked for.

@@ -23,6 +23,10 @@ pub static CONVERT: Guest = Guest {
 pub static CREATE: Guest =
     Guest { program: include_bytes!(env!("INSTAR_GUEST_CREATE")), map: include_str!(env!("INSTAR_GUEST_CREATE_MAP")) };
 
+/// Answers questions about images.
+pub static QUERY: Guest =
+    Guest { program: include_bytes!(env!("INSTAR_GUEST_QUERY")), map: include_str!(env!("INSTAR_GUEST_QUERY_MAP")) };
+
 /// Changes images in place.
 pub static EDIT: Guest =
     Guest { program: include_bytes!(env!("INSTAR_GUEST_EDIT")), map: include_str!(env!("INSTAR_GUEST_EDIT_MAP")) };
@@ -54,7 +58,7 @@ mod tests {
 
     #[test]
     fn programs_start_with_their_entry() {
-        for guest in [INFO, CONVERT, CREATE, EDIT] {
+        for guest in [INFO, CONVERT, CREATE, EDIT, QUERY] {
             let entry = u64::from_le_bytes(*guest.program[24..].first_chunk().expect("an ELF header"));
             assert_eq!(guest.function_at(entry), Some(("_start", 0)));
             assert!(guest.function_at(entry + 0x1000).is_some_and(|(name, _)| name != "_start"));

@@ -27,6 +27,7 @@ mod options;
 mod output;
 mod problem;
 mod program;
+mod query;
 mod safety;
 mod sandbox;
 mod settings;
@@ -61,7 +62,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(fail) => {
             program.report(&fail, command.as_deref());
-            ExitCode::FAILURE
+            ExitCode::from(fail.status())
         }
     }
 }

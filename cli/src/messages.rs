@@ -141,7 +141,7 @@ pub fn size_too_large(target: Format) -> String {
 }
 
 /// What an I/O error is called in the middle of the work.
-fn io_reason(failure: &Failure) -> String {
+pub fn io_reason(failure: &Failure) -> String {
     match failure.cause() {
         Cause::OutOfMemory | Cause::Unsupported => general(failure),
         _ if failure.os != 0 => os_text(failure.os),

@@ -24,6 +24,23 @@ pub enum Fail {
     Getopt(String),
     /// Everything has been said.
     Said,
+    /// As the other, with an exit status of its own.
+    Status(u8, Box<Fail>),
+}
+
+impl Fail {
+    /// The same with another exit status than 1.
+    pub fn with_status(self, status: u8) -> Self {
+        Self::Status(status, Box::new(self))
+    }
+
+    /// The exit status.
+    pub fn status(&self) -> u8 {
+        match self {
+            Self::Status(status, _) => *status,
+            _ => 1,
+        }
+    }
 }
 
 impl From<Problem> for Fail {
@@ -65,6 +82,9 @@ impl Program {
         let (called, name) = (&self.called, &self.name);
         let text = match fail {
             Fail::Said => return,
+            Fail::Status(_, fail) => {
+                return self.report(fail, Some(command.trim_start()).filter(|name| !name.is_empty()));
+            }
             Fail::Message(problem) => format!("{name}: {problem}\n"),
             Fail::Usage(text) => format!("{name}: {text}\nTry '{called}{command} --help' for more info\n"),
             Fail::Getopt(text) => format!("{called}{command}: {text}\nTry '{called}{command} --help' for more info\n"),

@@ -3,7 +3,9 @@
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
-use instar_guest_protocol::message::{Call, Failure, OpenAnswer, OpenFile, Progress, Reply, Request, call, reply};
+use instar_guest_protocol::message::{
+    Call, Failure, MapRun, OpenAnswer, OpenFile, Progress, Reply, Request, call, reply,
+};
 use instar_vmm::{Error, Event, NbdExport, Sandbox, Settings};
 use prost::Message;
 
@@ -211,6 +213,11 @@ pub trait Host {
 
     /// Tells the user something.
     fn warning(&mut self, warning: &Failure);
+
+    /// Takes runs of a disk.
+    fn runs(&mut self, runs: &[MapRun]) {
+        let _ = runs;
+    }
 }
 
 /// Files that a guest may ask for in vain.
@@ -246,6 +253,10 @@ pub fn run(machine: &mut dyn Machine, request: &Request, host: &mut dyn Host) ->
             }
             call::Kind::Warning(warning) => {
                 host.warning(&warning);
+                Vec::new()
+            }
+            call::Kind::Runs(runs) => {
+                host.runs(&runs.runs);
                 Vec::new()
             }
             call::Kind::Done(Reply { result: done }) => {

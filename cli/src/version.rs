@@ -68,6 +68,19 @@ impl QemuVersion {
     }
 }
 
+/// Outputs of `map`.
+impl QemuVersion {
+    /// JSON tells `present`.
+    pub fn map_tells_present(self) -> bool {
+        self >= Self::new(6, 1)
+    }
+
+    /// JSON tells `compressed`.
+    pub fn map_tells_compressed(self) -> bool {
+        self >= Self::new(8, 2)
+    }
+}
+
 impl std::fmt::Display for QemuVersion {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}.{}", self.major, self.minor)

@@ -10,7 +10,7 @@ use alloc::vec::Vec;
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Request {
     /// The operation.
-    #[prost(oneof = "request::Operation", tags = "1, 2, 3, 10, 11, 12")]
+    #[prost(oneof = "request::Operation", tags = "1, 2, 3, 4, 5, 6, 10, 11, 12")]
     pub operation: Option<request::Operation>,
 }
 
@@ -28,6 +28,15 @@ pub mod request {
         /// Make an empty image.
         #[prost(message, tag = "3")]
         Create(super::CreateRequest),
+        /// Tell where the contents of a disk lie.
+        #[prost(message, tag = "4")]
+        Map(super::MapRequest),
+        /// Compare two disks.
+        #[prost(message, tag = "5")]
+        Compare(super::CompareRequest),
+        /// Count what of a disk has to be stored.
+        #[prost(message, tag = "6")]
+        Measure(super::MeasureRequest),
         /// Make, apply or delete an internal snapshot.
         #[prost(message, tag = "10")]
         Snapshot(super::SnapshotRequest),
@@ -166,6 +175,139 @@ pub struct InfoRequest {
     /// Fill [`ImageInfo::safety`].
     #[prost(bool, tag = "3")]
     pub safety: bool,
+}
+
+/// Tell where the contents of a disk lie.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct MapRequest {
+    /// The image; its chain is followed.
+    #[prost(message, required, tag = "1")]
+    pub image: Source,
+    /// Disk offset at which to begin.
+    #[prost(uint64, tag = "2")]
+    pub start: u64,
+    /// Bytes; absent: to the end.
+    #[prost(uint64, optional, tag = "3")]
+    pub max_length: Option<u64>,
+    /// Bytes of disk space that the image's file takes.
+    #[prost(uint64, tag = "4")]
+    pub allocated: u64,
+}
+
+/// Runs of a disk in order.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct MapRuns {
+    /// The runs.
+    #[prost(message, repeated, tag = "1")]
+    pub runs: Vec<MapRun>,
+}
+
+/// A run of a disk.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct MapRun {
+    /// Disk offset.
+    #[prost(uint64, tag = "1")]
+    pub start: u64,
+    /// Bytes.
+    #[prost(uint64, tag = "2")]
+    pub length: u64,
+    /// Which image of the chain answers, 0 for the image itself.
+    #[prost(uint32, tag = "3")]
+    pub depth: u32,
+    /// That image has something to say.
+    #[prost(bool, tag = "4")]
+    pub present: bool,
+    /// It reads as zero.
+    #[prost(bool, tag = "5")]
+    pub zero: bool,
+    /// It is stored.
+    #[prost(bool, tag = "6")]
+    pub data: bool,
+    /// It is stored compressed.
+    #[prost(bool, tag = "7")]
+    pub compressed: bool,
+    /// The file that holds it as it is.
+    #[prost(uint32, optional, tag = "8")]
+    pub device: Option<u32>,
+    /// Where in that file.
+    #[prost(uint64, tag = "9")]
+    pub offset: u64,
+}
+
+/// After all runs.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct MapReply {
+    /// Bytes of the disk.
+    #[prost(uint64, tag = "1")]
+    pub virtual_size: u64,
+}
+
+/// Compare two disks.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct CompareRequest {
+    /// One.
+    #[prost(message, required, tag = "1")]
+    pub first: Source,
+    /// The other.
+    #[prost(message, required, tag = "2")]
+    pub second: Source,
+    /// What is allocated must agree as well.
+    #[prost(bool, tag = "3")]
+    pub strict: bool,
+    /// vCPUs to use, at least 1.
+    #[prost(uint32, tag = "4")]
+    pub threads: u32,
+    /// Send [`Progress`] often.
+    #[prost(bool, tag = "5")]
+    pub progress: bool,
+}
+
+/// How two disks compare.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct CompareReply {
+    /// Bytes of the first disk.
+    #[prost(uint64, tag = "1")]
+    pub first_size: u64,
+    /// Bytes of the second.
+    #[prost(uint64, tag = "2")]
+    pub second_size: u64,
+    /// Disk offset of the first difference, a multiple of 512 unless a run of the disk begins in between.
+    #[prost(uint64, optional, tag = "3")]
+    pub mismatch: Option<u64>,
+    /// There it is the allocation that differs.
+    #[prost(bool, tag = "4")]
+    pub allocation: bool,
+}
+
+/// Count what of a disk has to be stored.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct MeasureRequest {
+    /// The image; its chain is followed.
+    #[prost(message, required, tag = "1")]
+    pub image: Source,
+    /// Whole units of this many bytes are counted.
+    #[prost(uint64, tag = "2")]
+    pub cluster_size: u64,
+}
+
+/// What of a disk has to be stored.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct MeasureReply {
+    /// Bytes of the disk.
+    #[prost(uint64, tag = "1")]
+    pub virtual_size: u64,
+    /// Bytes of the units that hold data.
+    #[prost(uint64, tag = "2")]
+    pub required: u64,
+    /// The image can have persistent dirty bitmaps.
+    #[prost(bool, tag = "3")]
+    pub has_bitmaps: bool,
+    /// These are they.
+    #[prost(message, repeated, tag = "4")]
+    pub bitmaps: Vec<Bitmap>,
+    /// The image's format.
+    #[prost(enumeration = "Format", tag = "5")]
+    pub format: i32,
 }
 
 /// Copy images.
@@ -501,7 +643,7 @@ pub enum Preallocation {
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Call {
     /// The message.
-    #[prost(oneof = "call::Kind", tags = "1, 2, 3, 4, 5")]
+    #[prost(oneof = "call::Kind", tags = "1, 2, 3, 4, 5, 6")]
     pub kind: Option<call::Kind>,
 }
 
@@ -526,6 +668,9 @@ pub mod call {
         /// [`ConvertRequest::rate_limit`](super::ConvertRequest::rate_limit).
         #[prost(message, tag = "5")]
         Pace(super::Progress),
+        /// Runs of a disk, of [`MapRequest`](super::MapRequest).
+        #[prost(message, tag = "6")]
+        Runs(super::MapRuns),
     }
 }
 
@@ -602,7 +747,7 @@ pub struct Progress {
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Reply {
     /// Result or failure.
-    #[prost(oneof = "reply::Result", tags = "1, 2, 3, 4, 10")]
+    #[prost(oneof = "reply::Result", tags = "1, 2, 3, 4, 5, 6, 7, 10")]
     pub result: Option<reply::Result>,
 }
 
@@ -623,6 +768,15 @@ pub mod reply {
         /// Of [`CreateRequest`](super::CreateRequest).
         #[prost(message, tag = "4")]
         Create(super::CreateReply),
+        /// Of [`MapRequest`](super::MapRequest), after all runs.
+        #[prost(message, tag = "5")]
+        Map(super::MapReply),
+        /// Of [`CompareRequest`](super::CompareRequest).
+        #[prost(message, tag = "6")]
+        Compare(super::CompareReply),
+        /// Of [`MeasureRequest`](super::MeasureRequest).
+        #[prost(message, tag = "7")]
+        Measure(super::MeasureReply),
         /// Of [`SnapshotRequest`](super::SnapshotRequest), [`BitmapRequest`](super::BitmapRequest) and
         /// [`AmendRequest`](super::AmendRequest).
         #[prost(message, tag = "10")]
@@ -679,6 +833,8 @@ pub enum Step {
     Bitmaps = 6,
     /// Changing snapshots, bitmaps or options of an image.
     Edit = 7,
+    /// Finding out what is stored where.
+    Map = 8,
 }
 
 /// Why something failed.

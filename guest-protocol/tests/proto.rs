@@ -180,6 +180,15 @@ fn requests_are_the_same() {
             flush: true,
         }),
         Operation::Create(m::CreateRequest { target: target(), size: Some(512) }),
+        Operation::Map(m::MapRequest { image: source(), start: 1, max_length: Some(2), allocated: 3 }),
+        Operation::Compare(m::CompareRequest {
+            first: source(),
+            second: source(),
+            strict: true,
+            threads: 2,
+            progress: true,
+        }),
+        Operation::Measure(m::MeasureRequest { image: source(), cluster_size: 65536 }),
         Operation::Snapshot(m::SnapshotRequest {
             image: source(),
             action: m::SnapshotAction::Apply.into(),
@@ -241,7 +250,34 @@ fn calls_and_answers_are_the_same() {
         done(Reply::Failure(failure())),
         done(Reply::Info(m::InfoReply { images: vec![info()] })),
         done(Reply::Convert(m::ConvertReply { virtual_size: 1, copied: 2, transformed: 3 })),
+        Call::Runs(m::MapRuns {
+            runs: vec![m::MapRun {
+                start: 1,
+                length: 2,
+                depth: 3,
+                present: true,
+                zero: true,
+                data: true,
+                compressed: true,
+                device: Some(1),
+                offset: 5,
+            }],
+        }),
         done(Reply::Create(m::CreateReply { virtual_size: 1 })),
+        done(Reply::Map(m::MapReply { virtual_size: 1 })),
+        done(Reply::Compare(m::CompareReply {
+            first_size: 1,
+            second_size: 2,
+            mismatch: Some(3),
+            allocation: true,
+        })),
+        done(Reply::Measure(m::MeasureReply {
+            virtual_size: 1,
+            required: 2,
+            has_bitmaps: true,
+            bitmaps: info().qcow2.unwrap_or_default().bitmaps,
+            format: m::Format::Qcow2.into(),
+        })),
         done(Reply::Edit(m::EditReply { format: m::Format::Raw.into(), snapshots: info().snapshots })),
     ];
     for call in calls {

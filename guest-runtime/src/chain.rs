@@ -19,27 +19,15 @@ use crate::platform::Platform;
 /// # Errors
 /// The first image of the chain that can't be opened; a chain longer than [`MAX_CHAIN_DEPTH`].
 pub fn open_source<P: Platform>(platform: &P, source: &Source, top_only: bool) -> Result<Box<dyn Layer>, Failure> {
-    let mut device = source.device;
-    let how = Opening::of(source, true);
-    let mut image = open_named(platform, source)?;
-    image.open_parts(platform)?;
-    if let Some(selector) = &source.snapshot {
-        image.select_snapshot(selector)?;
-    }
-    let mut layers: Vec<Box<dyn Layer>> = Vec::new();
-    let ends_here = top_only && image.backing().is_none();
-    loop {
-        let below = match top_only {
-            true => None,
-            false => open_backing(platform, device, &*image, how)?,
-        };
-        layers.push(image.into_layer());
-        match below {
-            None => break,
-            Some(_) if layers.len() >= MAX_CHAIN_DEPTH => return Err(too_deep(device)),
-            Some(next) => (device, image) = next,
+    let (layers, ends_here) = match top_only {
+        true => {
+            let image = open_top(platform, source)?;
+            let ends_here = image.backing().is_none();
+            (alloc::vec![image.into_layer()], ends_here)
         }
-    }
+        false => (open_layers(platform, source)?.into_iter().map(|layer| layer.disk).collect(), false),
+    };
+    let mut layers: Vec<Box<dyn Layer>> = layers;
     if ends_here {
         // An empty layer below: behind its end, everything reads as zero.
         layers.push(Box::new(MemBlock::from(Vec::new())));
@@ -48,6 +36,46 @@ pub fn open_source<P: Platform>(platform: &P, source: &Source, top_only: bool) -
         1 => layers.swap_remove(0),
         _ => Box::new(Overlay::new(layers)),
     })
+}
+
+/// One image of a chain.
+pub struct ChainLayer {
+    /// Its disk, without what lies below.
+    pub disk: Box<dyn Layer>,
+    /// Its format.
+    pub format: Format,
+    /// Its main file.
+    pub file: FileId,
+}
+
+/// Opens an image that the user named and everything below it, the top first.
+///
+/// # Errors
+/// As [`open_source`].
+pub fn open_layers<P: Platform>(platform: &P, source: &Source) -> Result<Vec<ChainLayer>, Failure> {
+    let how = Opening::of(source, true);
+    let mut device = source.device;
+    let mut image = open_top(platform, source)?;
+    let mut layers = Vec::new();
+    loop {
+        let below = open_backing(platform, device, &*image, how)?;
+        layers.push(ChainLayer { format: image.format(), file: FileId(device), disk: image.into_layer() });
+        match below {
+            None => return Ok(layers),
+            Some(_) if layers.len() >= MAX_CHAIN_DEPTH => return Err(too_deep(device)),
+            Some(next) => (device, image) = next,
+        }
+    }
+}
+
+/// The image itself, with its further files and at the wanted snapshot.
+fn open_top<P: Platform>(platform: &P, source: &Source) -> Result<Box<dyn OpenImage<P>>, Failure> {
+    let mut image = open_named(platform, source)?;
+    image.open_parts(platform)?;
+    if let Some(selector) = &source.snapshot {
+        image.select_snapshot(selector)?;
+    }
+    Ok(image)
 }
 
 /// A chain that is longer than what is accepted.

@@ -174,7 +174,7 @@ impl Arguments {
 }
 
 /// `-l`: an id or else a name; or both, spelled out.
-fn snapshot_selector(program: &Program, text: &str) -> Result<SnapshotSelector, Fail> {
+pub(super) fn snapshot_selector(program: &Program, text: &str) -> Result<SnapshotSelector, Fail> {
     let mut selector = SnapshotSelector::default();
     if !text.starts_with("snapshot.") {
         selector.id_or_name = text.as_bytes().to_vec();

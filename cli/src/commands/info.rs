@@ -54,11 +54,7 @@ impl Arguments {
     fn take(&mut self, key: Key, value: String) -> Result<(), Fail> {
         match key {
             Key::Format => self.format = Some(value),
-            Key::Output => match value.as_str() {
-                "human" => self.output = Some(Output::Human),
-                "json" => self.output = Some(Output::Json),
-                _ => return Err(Fail::Usage(format!("--output expects 'human' or 'json' not '{value}'"))),
-            },
+            Key::Output => self.output = Some(Output::parse(&value)?),
             Key::BackingChain => self.backing_chain = true,
             Key::Object => self.objects.add(&value)?,
             Key::ImageOpts => self.image_opts = true,

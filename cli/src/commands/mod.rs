@@ -2,9 +2,12 @@
 
 pub mod amend;
 pub mod bitmap;
+pub mod compare;
 pub mod convert;
 pub mod create;
 pub mod info;
+pub mod map;
+pub mod measure;
 mod object;
 pub mod snapshot;
 
@@ -67,9 +70,12 @@ pub fn run(program: &Program, settings: Settings, name: &str, args: &[String]) -
         "convert" => convert::run(program, settings, args),
         "create" => create::run(program, settings, args),
         "amend" => amend::run(program, settings, args),
+        "compare" => compare::run(program, settings, args),
+        "map" => map::run(program, settings, args),
+        "measure" => measure::run(program, settings, args),
         "bitmap" => bitmap::run(program, settings, args),
         "snapshot" => snapshot::run(program, settings, args),
-        "bench" | "check" | "commit" | "compare" | "dd" | "map" | "measure" | "rebase" | "resize" => {
+        "bench" | "check" | "commit" | "dd" | "rebase" | "resize" => {
             Err(Fail::from(format!("The command '{name}' is not provided by this version")))
         }
         _ => return None,

@@ -9,6 +9,7 @@ pub mod create;
 mod edit;
 pub mod failure;
 pub mod info;
+pub mod query;
 pub mod snapshot;
 
 use instar_guest_protocol::message::request::Operation;
@@ -52,6 +53,18 @@ pub fn serve_edit<P: Platform>(platform: &P, request: &[u8]) {
             _ => return None,
         };
         Some(done.map(reply::Result::Edit))
+    });
+}
+
+/// Serves a question about images and delivers the reply.
+pub fn serve_query<P: Platform>(platform: &P, request: &[u8]) {
+    serve(platform, request, |operation| {
+        Some(match operation {
+            Operation::Map(request) => query::map::run(platform, &request).map(reply::Result::Map),
+            Operation::Compare(request) => query::compare::run(platform, &request).map(reply::Result::Compare),
+            Operation::Measure(request) => query::measure::run(platform, &request).map(reply::Result::Measure),
+            _ => return None,
+        })
     });
 }
 

@@ -22,11 +22,11 @@ const LARGE_UNIT: u32 = 4 << 20;
 const STREAM_SLACK: u32 = 4096;
 
 /// Reads the source itself.
-pub(super) type ReadSource<'a> = dyn Fn(u64, &mut [u8]) -> Result<(), Error> + 'a;
+pub(in crate::ops) type ReadSource<'a> = dyn Fn(u64, &mut [u8]) -> Result<(), Error> + 'a;
 
 /// What a vCPU keeps from chunk to chunk.
 #[derive(Default)]
-pub(super) struct Scratch<'a> {
+pub(in crate::ops) struct Scratch<'a> {
     /// Takes large units apart, once for all vCPUs.
     source: Option<&'a ReadSource<'a>>,
     decoder: Decoder,
@@ -43,7 +43,7 @@ impl<'a> Scratch<'a> {
 
 /// An error, what was being done, and at which disk offset.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Fault {
+pub(in crate::ops) struct Fault {
     pub step: Step,
     pub offset: u64,
     pub error: Error,
@@ -62,7 +62,7 @@ impl Fault {
 }
 
 /// Result of a step of the conversion.
-pub(super) type Outcome<T> = Result<T, Fault>;
+pub(in crate::ops) type Outcome<T> = Result<T, Fault>;
 
 /// Several neighbouring streams of one file, read in one go.
 struct StreamRead {
@@ -82,7 +82,7 @@ struct Decode<'b> {
 
 /// Requests for one turn on the queue, each with the disk offset that an error of it is told by.
 #[derive(Default)]
-pub(super) struct Batch<'b> {
+pub(in crate::ops) struct Batch<'b> {
     requests: Vec<Io<'b>>,
     disk_offsets: Vec<u64>,
 }
@@ -124,7 +124,7 @@ fn step_of(request: &Io<'_>, error: Error) -> Step {
 ///
 /// Runs that are not wanted leave their part of `buf` as it is. Zero runs are cleared; unallocated ones are read from `under`
 /// as far as it reaches.
-pub(super) fn fill<'b, P: Platform>(
+pub(in crate::ops) fn fill<'b, P: Platform>(
     platform: &P,
     chunk: &Chunk,
     buf: &'b mut [u8],
@@ -175,7 +175,7 @@ fn is_large(run: &CompressedRun) -> bool {
 }
 
 /// Reads what `under` holds; zero behind its end.
-pub(super) fn read_under(under: Option<&dyn BlockRead>, offset: u64, part: &mut [u8]) -> Result<(), Error> {
+pub(in crate::ops) fn read_under(under: Option<&dyn BlockRead>, offset: u64, part: &mut [u8]) -> Result<(), Error> {
     let present = under.map_or(0, |disk| disk.size().saturating_sub(offset)).min(part.len() as u64) as usize;
     let (head, past_end) = part.split_at_mut(present);
     past_end.fill(0);
@@ -237,7 +237,7 @@ fn decode_part(decoder: &mut Decoder, unit: &mut Vec<u8>, decode: Decode<'_>, st
 }
 
 /// Reads a chunk sector by sector; what can't be read becomes zero and is told to `lost` by its disk offset.
-pub(super) fn salvage(
+pub(in crate::ops) fn salvage(
     chunk: &Chunk,
     buf: &mut [u8],
     source: &dyn BlockRead,

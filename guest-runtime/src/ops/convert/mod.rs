@@ -11,9 +11,9 @@
 //! compute, so reading, transforming and writing overlap.
 
 mod bitmaps;
-mod fill;
+pub(in crate::ops) mod fill;
 mod mapped;
-mod plan;
+pub(in crate::ops) mod plan;
 mod raw;
 mod target;
 

@@ -12,7 +12,7 @@ const MAX_ZERO_CHUNK: u64 = 1 << 30;
 
 /// What the target makes of areas that hold no data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Rules {
+pub(in crate::ops) struct Rules {
     /// Areas of the target that nobody writes read as zero.
     pub zero_init: bool,
     /// What the source does not allocate, the target's backing image answers.
@@ -27,7 +27,7 @@ pub(super) struct Rules {
 
 /// One piece of work.
 #[derive(Debug)]
-pub(super) struct Chunk {
+pub(in crate::ops) struct Chunk {
     /// Position in the order of the disk: 0, 1, 2, …
     pub seq: u64,
     /// Where it begins on the disk.
@@ -46,7 +46,7 @@ impl Chunk {
 }
 
 /// Hands out chunks in the order of the disk.
-pub(super) struct Planner {
+pub(in crate::ops) struct Planner {
     source: Box<dyn Layer>,
     rules: Rules,
     cursor: u64,

@@ -1,0 +1,199 @@
+//! `compare`.
+
+use std::thread;
+
+use instar_guest_protocol::message::request::Operation;
+use instar_guest_protocol::message::{CompareReply, CompareRequest, Failure, Progress, Step, reply};
+
+use super::{CommandLine, Objects, Settings, is_cache_mode};
+use crate::args::{Key, Opt};
+use crate::config::Output;
+use crate::image_opts::ImageSpec;
+use crate::messages;
+use crate::output::json;
+use crate::output::node::Node;
+use crate::output::progress::ProgressLine;
+use crate::program::{Fail, Outcome, Program, print};
+use crate::query::{self, Listener, Unanswered};
+use crate::sandbox::Work;
+
+/// qemu-img's options, in getopt's order.
+const OPTIONS: &[Opt] = &[
+    Opt::flag(Key::Help, b'h', "help"),
+    Opt::flag(Key::Quiet, b'q', "quiet"),
+    Opt::flag(Key::Progress, b'p', "progress"),
+    Opt::value(Key::Format, b'f', "a-format"),
+    Opt::value(Key::SecondFormat, b'F', "b-format"),
+    Opt::long_flag(Key::ImageOpts, "image-opts"),
+    Opt::flag(Key::Strict, b's', "strict"),
+    Opt::value(Key::SourceCache, b'T', "cache"),
+    Opt::flag(Key::ForceShare, b'U', "force-share"),
+    Opt::long_value(Key::Object, "object"),
+];
+
+/// What instar adds.
+const OWN: &[Opt] = &[Opt::long_value(Key::Output, "output").spelled_out()];
+
+/// Exit statuses beside 0, for equal disks.
+const DIFFERENT: u8 = 1;
+const UNOPENED: u8 = 2;
+const UNMAPPED: u8 = 3;
+const UNREAD: u8 = 4;
+
+/// vCPUs, if `--threads` does not say otherwise and the machine has as many.
+const THREADS: usize = 8;
+
+/// The command line.
+#[derive(Debug, Default)]
+struct Arguments {
+    formats: [Option<String>; 2],
+    image_opts: bool,
+    strict: bool,
+    cache: Option<String>,
+    quiet: bool,
+    progress: bool,
+    force_share: bool,
+    output: Option<Output>,
+    objects: Objects,
+}
+
+impl Arguments {
+    fn take(&mut self, key: Key, value: String) -> Result<(), Fail> {
+        match key {
+            Key::Quiet => self.quiet = true,
+            Key::Progress => self.progress = true,
+            Key::Format => self.formats[0] = Some(value),
+            Key::SecondFormat => self.formats[1] = Some(value),
+            Key::ImageOpts => self.image_opts = true,
+            Key::Strict => self.strict = true,
+            Key::SourceCache => self.cache = Some(value),
+            Key::ForceShare => self.force_share = true,
+            Key::Output => self.output = Some(Output::parse(&value)?),
+            Key::Object => self.objects.add(&value)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// What the user is told, with the exit status.
+pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcome {
+    let mut arguments = Arguments::default();
+    let line = CommandLine::parse(program, OPTIONS, OWN, args);
+    let help = include_str!("help/compare.txt");
+    let operands = line.walk(&mut settings, help, |key, value| arguments.take(key, value))?;
+    let Some(operands) = operands else { return Ok(()) };
+    let [first, second] = operands.as_slice() else {
+        return Err(Fail::Usage("Expecting two image file names".to_owned()));
+    };
+    if let Some(mode) = arguments.cache.as_deref().filter(|mode| !is_cache_mode(mode)) {
+        return Err(Fail::from(format!("Invalid source cache option: {mode}")).with_status(UNOPENED));
+    }
+    let spec = |name: &str, format: &Option<String>| {
+        let spec = ImageSpec::of_operand(name, arguments.image_opts, format.as_deref());
+        spec.map_err(|problem| Fail::from(problem).with_status(UNOPENED))
+    };
+    let mut progress = Shown(ProgressLine::start(settings.progress(arguments.progress, arguments.quiet)));
+    let told = spec(first, &arguments.formats[0])
+        .and_then(|first| Ok((first, spec(second, &arguments.formats[1])?)))
+        .and_then(|(first, second)| compare(&settings, &arguments, &first, &second, &mut progress));
+    let told = match told {
+        Ok(reply) => tell(&settings, &arguments, &reply),
+        Err(fail) => Err(fail),
+    };
+    if let Err(fail) = told {
+        // Before the line feed that ends the progress line, as qemu-img does.
+        program.report(&fail, Some("compare"));
+        return Err(Fail::Said.with_status(fail.status()));
+    }
+    Ok(())
+}
+
+struct Shown(ProgressLine);
+
+impl Listener for Shown {
+    fn progress(&mut self, progress: &Progress) {
+        self.0.update(progress.done, progress.total);
+    }
+}
+
+fn compare(
+    settings: &Settings,
+    arguments: &Arguments,
+    first: &ImageSpec,
+    second: &ImageSpec,
+    progress: &mut Shown,
+) -> Result<CompareReply, Fail> {
+    let cpus = thread::available_parallelism().map_or(1, usize::from).min(THREADS);
+    let threads = settings.limits.threads.unwrap_or(cpus as u32);
+    let visible = progress.0.is_visible();
+    let answer = query::ask(
+        settings,
+        &[first, second],
+        arguments.force_share,
+        Work::Data(threads),
+        |sources, _| {
+            let [first, second] = [sources[0].clone(), sources[1].clone()];
+            Operation::Compare(CompareRequest { first, second, strict: arguments.strict, threads, progress: visible })
+        },
+        progress,
+    );
+    match answer {
+        Ok(reply::Result::Compare(reply)) => {
+            progress.0.complete();
+            Ok(reply)
+        }
+        Ok(_) => Err("The sandboxed parser sent something that makes no sense".into()),
+        Err(Unanswered::Unopened(problem)) => Err(Fail::from(problem).with_status(UNOPENED)),
+        Err(Unanswered::Lost(problem)) => Err(Fail::from(problem).with_status(UNREAD)),
+        Err(Unanswered::Failed(failure)) => Err(unread(&failure, [&first.shown, &second.shown])),
+    }
+}
+
+/// What is told of an image that can't be read.
+fn unread(failure: &Failure, names: [&String; 2]) -> Fail {
+    let name = names[usize::from(failure.value2 != 0)];
+    match failure.step() {
+        Step::Map => Fail::from(format!("Sector allocation test failed for {name}")).with_status(UNMAPPED),
+        _ => {
+            let reason = messages::io_reason(failure);
+            let text = format!("Error while reading offset {} of {name}: {reason}", failure.value);
+            Fail::from(text).with_status(UNREAD)
+        }
+    }
+}
+
+/// Prints the result, which is an exit status as well.
+fn tell(settings: &Settings, arguments: &Arguments, reply: &CompareReply) -> Outcome {
+    let sizes_differ = reply.first_size != reply.second_size;
+    let common = reply.first_size.min(reply.second_size);
+    let strict_size = arguments.strict && sizes_differ;
+    let different = reply.mismatch.is_some() || strict_size;
+    if arguments.output.unwrap_or(settings.output) == Output::Json {
+        let mut members = vec![
+            ("identical", Node::Bool(!different)),
+            ("virtual-sizes", Node::List(vec![Node::Int(reply.first_size), Node::Int(reply.second_size)])),
+        ];
+        if let Some(offset) = reply.mismatch {
+            members.push(("mismatch-offset", Node::Int(offset)));
+            members.push(("mismatch", Node::text(if reply.allocation { "allocation" } else { "content" })));
+        }
+        print(&json::print(&Node::Dict(members)))?;
+    } else if !arguments.quiet {
+        let mut text = String::new();
+        if !strict_size && sizes_differ && reply.mismatch.is_none_or(|offset| offset >= common) {
+            text.push_str("Warning: Image size mismatch!\n");
+        }
+        text.push_str(&match reply.mismatch {
+            _ if strict_size => "Strict mode: Image size mismatch!\n".to_owned(),
+            Some(offset) if reply.allocation => format!("Strict mode: Offset {offset} block status mismatch!\n"),
+            Some(offset) => format!("Content mismatch at offset {offset}!\n"),
+            None => "Images are identical.\n".to_owned(),
+        });
+        print(&text)?;
+    }
+    if different { Err(Fail::Said.with_status(DIFFERENT)) } else { Ok(()) }
+}

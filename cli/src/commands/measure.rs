@@ -1,0 +1,285 @@
+//! `measure`.
+
+use instar_guest_protocol::message::request::Operation;
+use instar_guest_protocol::message::{
+    Bitmap, Format, MeasureReply, MeasureRequest, Preallocation, SnapshotSelector, Step, Target, reply,
+};
+
+use super::convert::snapshot_selector;
+use super::{CommandLine, Objects, Settings};
+use crate::args::{Key, Opt};
+use crate::config::Output;
+use crate::creation::{Creatable, creatable};
+use crate::image_opts::ImageSpec;
+use crate::messages;
+use crate::options::{self, OptionList, Options};
+use crate::output::json;
+use crate::output::node::Node;
+use crate::program::{Fail, Outcome, Program, print};
+use crate::query::{self, Silence, Unanswered};
+use crate::sandbox::Work;
+use crate::size;
+
+/// qemu-img's options, in getopt's order.
+const OPTIONS: &[Opt] = &[
+    Opt::flag(Key::Help, b'h', "help"),
+    Opt::value(Key::TargetFormat, b'O', "target-format"),
+    Opt::value(Key::Options, b'o', "options"),
+    Opt::value(Key::Size, b's', "size"),
+    Opt::value(Key::Format, b'f', "format"),
+    Opt::long_flag(Key::ImageOpts, "image-opts"),
+    Opt::value(Key::Snapshot, b'l', "snapshot"),
+    Opt::long_value(Key::Output, "output"),
+    Opt::flag(Key::ForceShare, b'U', "force-share"),
+    Opt::long_value(Key::Object, "object"),
+];
+
+/// The command line.
+#[derive(Debug, Default)]
+struct Arguments {
+    format: Option<String>,
+    image_opts: bool,
+    target_format: Option<String>,
+    options: OptionList,
+    size: Option<u64>,
+    snapshot: Option<SnapshotSelector>,
+    output: Option<Output>,
+    force_share: bool,
+    objects: Objects,
+}
+
+impl Arguments {
+    fn take(&mut self, program: &Program, key: Key, value: String) -> Result<(), Fail> {
+        match key {
+            Key::Format => self.format = Some(value),
+            Key::ImageOpts => self.image_opts = true,
+            Key::TargetFormat => self.target_format = Some(value),
+            Key::Options => self.options.add(&value)?,
+            Key::Size => self.size = Some(size::parse_image_size(&value)?),
+            Key::Snapshot => self.snapshot = Some(snapshot_selector(program, &value)?),
+            Key::Output => self.output = Some(Output::parse(&value)?),
+            Key::ForceShare => self.force_share = true,
+            Key::Object => self.objects.add(&value)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// How large the file will be, bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Measure {
+    required: u64,
+    fully_allocated: u64,
+    bitmaps: Option<u64>,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// What the user is told.
+pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcome {
+    let mut arguments = Arguments::default();
+    let line = CommandLine::parse(program, OPTIONS, &[], args);
+    let help = include_str!("help/measure.txt");
+    let operands = line.walk(&mut settings, help, |key, value| arguments.take(program, key, value))?;
+    let Some(operands) = operands else { return Ok(()) };
+    let image = match (operands.as_slice(), arguments.size) {
+        ([], Some(_)) => None,
+        ([image], None) => Some(image),
+        ([_], Some(_)) => return Err("--size N cannot be used together with a filename.".into()),
+        ([], None) => return Err("Either --size N or one filename must be specified.".into()),
+        _ => return Err("At most one filename argument is allowed.".into()),
+    };
+    let image = match image {
+        Some(name) => Some(ImageSpec::of_operand(name, arguments.image_opts, arguments.format.as_deref())?),
+        None => None,
+    };
+    let target = creatable(arguments.target_format.as_deref().unwrap_or("raw"))?;
+    if arguments.options.wants_help() {
+        return print(&options::help(target, true));
+    }
+    let name = target.name();
+    let options = match Options::parse(target, &arguments.options) {
+        Ok(options) => options,
+        Err(problem) => {
+            program.report(&problem.into(), None);
+            return Err(format!("Invalid options for file format '{name}'").into());
+        }
+    };
+    let layout = Layout::of(target, &options, &arguments.objects)?;
+    let found = match &image {
+        Some(image) => ask(&settings, &arguments, image, &layout)?,
+        None => MeasureReply { virtual_size: arguments.size.unwrap_or_default(), ..MeasureReply::default() },
+    };
+    let measure = layout.measure(&found, image.is_some())?;
+    print(&match arguments.output.unwrap_or(settings.output) {
+        Output::Human => human(measure),
+        Output::Json => json::print(&node(measure)),
+    })
+}
+
+fn ask(settings: &Settings, arguments: &Arguments, image: &ImageSpec, layout: &Layout) -> Result<MeasureReply, Fail> {
+    let answer = query::ask(
+        settings,
+        &[image],
+        arguments.force_share,
+        Work::Metadata,
+        |sources, _| {
+            let mut image = sources[0].clone();
+            image.snapshot = arguments.snapshot.clone();
+            Operation::Measure(MeasureRequest { image, cluster_size: layout.cluster_size })
+        },
+        &mut Silence,
+    );
+    match answer {
+        Ok(reply::Result::Measure(reply)) => Ok(reply),
+        Ok(_) => Err("The sandboxed parser sent something that makes no sense".into()),
+        Err(Unanswered::Failed(failure)) if failure.step() == Step::Map => {
+            Err(format!("Unable to get block status: {}", messages::io_reason(&failure)).into())
+        }
+        Err(Unanswered::Failed(failure)) => Err(messages::work_failure(&failure).into()),
+        Err(Unanswered::Unopened(problem) | Unanswered::Lost(problem)) => Err(problem.into()),
+    }
+}
+
+/// What the size of the target depends on.
+struct Layout {
+    qcow2: bool,
+    cluster_size: u64,
+    /// Bits of a reference count.
+    refcount_bits: u64,
+    /// Bytes of an L2 entry.
+    entry: u64,
+    version: u32,
+    preallocated: bool,
+    backing: bool,
+}
+
+impl Layout {
+    fn of(target: Creatable, options: &Options, objects: &Objects) -> Result<Self, Fail> {
+        let unsupported = || format!("Block driver '{}' does not support size measurement", target.name());
+        let wire = match target.format {
+            Format::Raw => Target::default(),
+            Format::Qcow2 => {
+                let layout = (target.layout)(options, objects);
+                match layout.late.or(layout.early) {
+                    Some(problem) => return Err(problem.into()),
+                    None => layout.wire,
+                }
+            }
+            _ => return Err(unsupported().into()),
+        };
+        let preallocated = matches!(wire.preallocation(), Preallocation::Falloc | Preallocation::Full);
+        let qcow2 = wire.qcow2.unwrap_or_default();
+        let layout = Self {
+            qcow2: target.format == Format::Qcow2,
+            cluster_size: qcow2.cluster_size.unwrap_or(65536),
+            refcount_bits: qcow2.refcount_bits.unwrap_or(16).into(),
+            entry: if qcow2.extended_l2 { 16 } else { 8 },
+            version: qcow2.version.unwrap_or(3),
+            preallocated,
+            backing: options.text("backing_file").is_some(),
+        };
+        layout.check()
+    }
+
+    /// The rules of which qemu-img knows here.
+    fn check(self) -> Result<Self, Fail> {
+        let cluster = self.cluster_size;
+        if !cluster.is_power_of_two() || !(512..=2 << 20).contains(&cluster) {
+            return Err("Cluster size must be a power of two between 512 and 2048k".into());
+        }
+        if self.entry == 16 && cluster < 16384 {
+            return Err("Extended L2 entries are only supported with cluster sizes of at least 16384 bytes".into());
+        }
+        if self.entry == 16 && self.version < 3 {
+            let text = "Extended L2 entries are only supported with compatibility level 1.1 and above (use version=v3 or greater)";
+            return Err(text.into());
+        }
+        if !self.refcount_bits.is_power_of_two() || self.refcount_bits > 64 {
+            return Err("Refcount width must be a power of two and may not exceed 64 bits".into());
+        }
+        if self.version < 3 && self.refcount_bits != 16 {
+            let text = "Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or greater)";
+            return Err(text.into());
+        }
+        Ok(self)
+    }
+
+    fn measure(&self, found: &MeasureReply, from_image: bool) -> Result<Measure, Fail> {
+        let too_large = || Fail::from("The image size is too large (try using a larger cluster size)");
+        if !self.qcow2 {
+            let size = found.virtual_size.checked_next_multiple_of(512).ok_or_else(too_large)?;
+            return Ok(Measure { required: size, fully_allocated: size, bitmaps: None });
+        }
+        let disk = found.virtual_size.checked_next_multiple_of(self.cluster_size).ok_or_else(too_large)?;
+        let data = match from_image {
+            _ if self.preallocated => disk,
+            true if self.backing => disk,
+            true => found.required.min(disk),
+            false => 0,
+        };
+        let metadata = self.metadata(disk).filter(|sizes| *sizes <= i64::MAX as u64).ok_or_else(too_large)?;
+        let bitmaps = (from_image && found.has_bitmaps && self.version >= 3).then(|| self.bitmaps(found));
+        Ok(Measure { required: metadata + data, fully_allocated: metadata.saturating_add(disk), bitmaps })
+    }
+
+    /// Bytes of header, tables and reference counts of a disk whose clusters are all there.
+    fn metadata(&self, disk: u64) -> Option<u64> {
+        let cluster = self.cluster_size;
+        let entries = (disk / cluster).checked_next_multiple_of(cluster / self.entry)?;
+        let l2 = entries.checked_mul(self.entry)?;
+        let l1 = (l2 / cluster).checked_next_multiple_of(cluster / 8)?.checked_mul(8)?;
+        let tables = cluster.checked_add(l2)?.checked_add(l1)?;
+        let counted = tables.checked_add(disk)? / cluster;
+        tables.checked_add(self.refcounts(counted)?)
+    }
+
+    /// Bytes of the reference counts of so many clusters, which count themselves too.
+    fn refcounts(&self, clusters: u64) -> Option<u64> {
+        let per_block = self.cluster_size * 8 / self.refcount_bits;
+        let (mut blocks, mut tables) = (0u64, 0u64);
+        loop {
+            let wanted = clusters.checked_add(tables)?.checked_add(blocks)?.div_ceil(per_block);
+            let needed = wanted.div_ceil(self.cluster_size / 8);
+            if (wanted, needed) == (blocks, tables) {
+                return blocks.checked_add(tables)?.checked_mul(self.cluster_size);
+            }
+            (blocks, tables) = (wanted, needed);
+        }
+    }
+
+    /// Bytes of the bitmaps, all of each allocated, and of their directory.
+    fn bitmaps(&self, found: &MeasureReply) -> u64 {
+        let cluster = self.cluster_size;
+        let mut directory = 0u64;
+        let mut total = 0u64;
+        let whole = |bytes: u64| bytes.next_multiple_of(cluster);
+        for Bitmap { name, granularity, .. } in found.bitmaps.iter().filter(|bitmap| !bitmap.in_use) {
+            let bytes = found.virtual_size.div_ceil((*granularity).max(512)).div_ceil(8);
+            let clusters = bytes.div_ceil(cluster);
+            total += clusters * cluster + whole(clusters * 8);
+            directory += (24 + name.len() as u64).next_multiple_of(8);
+        }
+        total + whole(directory)
+    }
+}
+
+fn human(measure: Measure) -> String {
+    let mut text = format!("required size: {}\nfully allocated size: {}\n", measure.required, measure.fully_allocated);
+    if let Some(bitmaps) = measure.bitmaps {
+        text.push_str(&format!("bitmaps size: {bitmaps}\n"));
+    }
+    text
+}
+
+fn node(measure: Measure) -> Node {
+    let mut members = Vec::new();
+    if let Some(bitmaps) = measure.bitmaps {
+        members.push(("bitmaps", Node::Int(bitmaps)));
+    }
+    members.push(("required", Node::Int(measure.required)));
+    members.push(("fully-allocated", Node::Int(measure.fully_allocated)));
+    Node::Dict(members)
+}

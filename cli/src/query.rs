@@ -1,0 +1,123 @@
+//! Commands that ask about images: the files, the run of the guest, and what is said if an image can't be opened.
+
+use instar_guest_protocol::message::request::Operation;
+use instar_guest_protocol::message::{
+    Cause, Failure, FileRole, MapRun, OpenFile, Progress, Request, Source, Step, reply,
+};
+
+use crate::commands::Settings;
+use crate::files::{Access, Files};
+use crate::guest;
+use crate::image_opts::ImageSpec;
+use crate::lock::Purpose;
+use crate::messages;
+use crate::problem::Problem;
+use crate::sandbox::{self, Granted, Host, Machine, Vm, Work};
+
+/// Why there is no answer.
+#[derive(Debug)]
+pub enum Unanswered {
+    /// An image could not be opened. The message is complete.
+    Unopened(Problem),
+    /// The guest met this in its work.
+    Failed(Failure),
+    /// The run came to no end.
+    Lost(Problem),
+}
+
+/// What a command makes of the guest's messages.
+pub trait Listener {
+    /// Runs of a disk, of `map`; the files tell the names of their devices.
+    fn runs(&mut self, files: &Files, runs: &[MapRun]) {
+        let _ = (files, runs);
+    }
+
+    /// How far the work is.
+    fn progress(&mut self, progress: &Progress) {
+        let _ = progress;
+    }
+}
+
+/// Nobody listens.
+pub struct Silence;
+
+impl Listener for Silence {}
+
+/// Opens the images and runs the request made of them. `allocated` of a [`MapRequest`] is the first image's.
+///
+/// [`MapRequest`]: instar_guest_protocol::message::MapRequest
+///
+/// # Errors
+/// See [`Unanswered`].
+pub fn ask(
+    settings: &Settings,
+    images: &[&ImageSpec],
+    force_share: bool,
+    work: Work,
+    request: impl FnOnce(&[Source], u64) -> Operation,
+    listener: &mut dyn Listener,
+) -> Result<reply::Result, Unanswered> {
+    let mut machine = Vm::spawn(guest::QUERY, &settings.limits, work).map_err(Unanswered::Lost)?;
+    let mut files = Files::new(settings.confinement().map_err(Unanswered::Lost)?);
+    let access = Access { purpose: Purpose::Read, force_share };
+    let mut sources = Vec::new();
+    for spec in images {
+        let device = files.open_named(&mut machine, spec, access).map_err(|problem| unopened(spec, problem))?;
+        sources.push(settings.source_of(device, spec));
+    }
+    let allocated =
+        sources.first().and_then(|first| files.get(first.device)).map_or(0, |record| record.file.stat.allocated);
+    let operation = request(&sources, allocated);
+    let mut host = QueryHost { files, access, listener };
+    let result = sandbox::run(&mut machine, &Request { operation: Some(operation) }, &mut host);
+    match result.map_err(Unanswered::Lost)? {
+        reply::Result::Failure(failure) if failure.step() == Step::Open => {
+            let (device, problem) = opening(&host.files, &failure);
+            let spec = sources.iter().zip(images).find(|(source, _)| source.device == device);
+            Err(spec.map_or_else(|| Unanswered::Lost(problem.clone()), |(_, spec)| unopened(spec, problem.clone())))
+        }
+        reply::Result::Failure(failure) => Err(Unanswered::Failed(failure)),
+        result => Ok(result),
+    }
+}
+
+fn unopened(spec: &ImageSpec, problem: Problem) -> Unanswered {
+    Unanswered::Unopened(problem.within(format!("Could not open '{}'", spec.given)))
+}
+
+/// The image that the operator named, and what is wrong with it or with one that it needs.
+fn opening(files: &Files, failure: &Failure) -> (u32, Problem) {
+    if failure.cause() == Cause::OpenRefused
+        && let Some(refused) = files.refusal_from_the_top()
+    {
+        return refused;
+    }
+    files.seen_from_the_top(failure.device.unwrap_or_default(), messages::open_failure(failure))
+}
+
+struct QueryHost<'a> {
+    files: Files,
+    access: Access,
+    listener: &'a mut dyn Listener,
+}
+
+impl Host for QueryHost<'_> {
+    fn open(&mut self, machine: &mut dyn Machine, wanted: &OpenFile) -> Option<Granted> {
+        match wanted.role() {
+            FileRole::Target | FileRole::TargetData => None,
+            _ => self.files.open_embedded(machine, wanted, self.access),
+        }
+    }
+
+    fn progress(&mut self, progress: &Progress) {
+        self.listener.progress(progress);
+    }
+
+    fn pace(&mut self, _: &Progress) {}
+
+    fn warning(&mut self, _: &Failure) {}
+
+    fn runs(&mut self, runs: &[MapRun]) {
+        self.listener.runs(&self.files, runs);
+    }
+}

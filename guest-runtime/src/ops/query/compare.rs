@@ -1,0 +1,232 @@
+//! `compare`: do two disks read the same?
+//!
+//! The disks are cut into pieces in order; the vCPUs read and compare them side by side. Pieces in which both are zero are
+//! passed over. Of several differences the first on the disk counts.
+
+use alloc::vec::Vec;
+
+use instar_blockio::{Error, Extent, ExtentKind};
+use instar_guest_protocol::message::{Call, CompareReply, CompareRequest, Failure, Progress, Step, call};
+
+use super::status::{Disk, Status};
+use crate::lock::Lock;
+use crate::ops::convert::fill::{Batch, Scratch, fill};
+use crate::ops::convert::plan::Chunk;
+use crate::ops::failure::block;
+use crate::platform::Platform;
+
+/// Bytes of a piece.
+const PIECE: u64 = 2 << 20;
+/// The unit in which a difference is told.
+const SECTOR: usize = 512;
+/// Bytes between two reports of progress that is not shown.
+const HIDDEN_STEP: u64 = 64 << 20;
+
+/// A difference.
+#[derive(Clone, Copy, Debug)]
+struct Mismatch {
+    offset: u64,
+    allocation: bool,
+}
+
+/// What went wrong: at which disk offset, with which image.
+struct Fault {
+    step: Step,
+    offset: u64,
+    side: usize,
+    error: Error,
+}
+
+/// A piece of both disks.
+struct Piece {
+    offset: u64,
+    len: u64,
+    extents: [Vec<Extent>; 2],
+}
+
+struct Plan<P: Platform> {
+    disks: [Disk<P>; 2],
+    cursor: u64,
+    strict: bool,
+    mismatch: Option<Mismatch>,
+    fault: Option<Fault>,
+    done: u64,
+    told: u64,
+}
+
+/// Compares as the request says.
+///
+/// # Errors
+/// An image that can't be opened ([`Step::Open`]), tables ([`Step::Map`]) or contents ([`Step::Read`]) that can't be read:
+/// [`Failure::value2`] is then 0 for the first image and 1 for the second.
+pub fn run<P: Platform>(platform: &P, request: &CompareRequest) -> Result<CompareReply, Failure> {
+    let disks = [Disk::open(platform, &request.first, None)?, Disk::open(platform, &request.second, None)?];
+    let [first_size, second_size] = [disks[0].size(), disks[1].size()];
+    let mut reply = CompareReply { first_size, second_size, ..CompareReply::default() };
+    if request.strict && first_size != second_size {
+        return Ok(reply);
+    }
+    let total = first_size.max(second_size);
+    let step = if request.progress { total / 100 } else { HIDDEN_STEP.max(total / 100) };
+    let plan = Plan { disks, cursor: 0, strict: request.strict, mismatch: None, fault: None, done: 0, told: 0 };
+    let plan = Lock::new(plan);
+    let threads = platform.vcpus().min(request.threads.max(1) as usize);
+    platform.parallel(threads, &|_| work(platform, &plan, total, step));
+    let plan = plan.into_inner();
+    // A difference before the fault is the answer all the same.
+    if let Some(fault) = plan.fault
+        && plan.mismatch.is_none_or(|mismatch| mismatch.offset >= fault.offset)
+    {
+        let failure = block(fault.step, None, fault.offset, fault.error);
+        return Err(Failure { value2: fault.side as u64, ..failure });
+    }
+    reply.mismatch = plan.mismatch.map(|mismatch| mismatch.offset);
+    reply.allocation = plan.mismatch.is_some_and(|mismatch| mismatch.allocation);
+    Ok(reply)
+}
+
+/// What each vCPU does until the disks are done or differ.
+fn work<P: Platform>(platform: &P, plan: &Lock<Plan<P>>, total: u64, step: u64) {
+    let first = |offset: u64, buf: &mut [u8]| plan.lock().disks[0].read_at(offset, buf);
+    let second = |offset: u64, buf: &mut [u8]| plan.lock().disks[1].read_at(offset, buf);
+    let mut scratch = [Scratch::with_source(&first), Scratch::with_source(&second)];
+    let mut buffers = [Vec::new(), Vec::new()];
+    loop {
+        let Some(piece) = plan.lock().next() else { return };
+        let found = compare(platform, &piece, &mut scratch, &mut buffers);
+        let mut plan = plan.lock();
+        match found {
+            Ok(None) => {}
+            Ok(Some(offset)) => plan.found(Mismatch { offset, allocation: false }),
+            Err(fault) => plan.failed(fault),
+        }
+        plan.done += piece.len;
+        let done = plan.done;
+        if done > plan.told && (done - plan.told >= step || (done >= total && step < HIDDEN_STEP)) {
+            plan.told = done;
+            platform.call(&Call { kind: Some(call::Kind::Progress(Progress { done, total })) });
+        }
+    }
+}
+
+impl<P: Platform> Plan<P> {
+    /// The next piece in which at least one disk may hold something else than zeroes.
+    fn next(&mut self) -> Option<Piece> {
+        loop {
+            let end = self.disks[0].size().max(self.disks[1].size());
+            let limit = self.mismatch.map_or(end, |mismatch| mismatch.offset).min(self.fault_offset());
+            if self.cursor >= limit {
+                return None;
+            }
+            let piece = self.gather((self.cursor / PIECE + 1).saturating_mul(PIECE).min(end))?;
+            let zero = |extents: &[Extent]| {
+                extents.iter().all(|extent| matches!(extent.kind, ExtentKind::Zero { .. } | ExtentKind::Unallocated))
+            };
+            if !(zero(&piece.extents[0]) && zero(&piece.extents[1])) {
+                return Some(piece);
+            }
+            self.done += piece.len;
+        }
+    }
+
+    fn fault_offset(&self) -> u64 {
+        self.fault.as_ref().map_or(u64::MAX, |fault| fault.offset)
+    }
+
+    /// The runs of both disks from the cursor to `stop`, or a long run that is zero in both.
+    fn gather(&mut self, stop: u64) -> Option<Piece> {
+        let start = self.cursor;
+        let end = self.disks[0].size().max(self.disks[1].size());
+        let mut extents = [Vec::new(), Vec::new()];
+        while self.cursor < stop {
+            let at = self.cursor;
+            // At the beginning of a piece, runs of zeroes are taken as long as they are.
+            let room = if at == start { end - at } else { stop - at };
+            let mut runs = [None, None];
+            for side in 0..2 {
+                match self.status(side, at, room) {
+                    Ok(status) => runs[side] = status,
+                    Err(error) => {
+                        self.failed(Fault { step: Step::Map, offset: at, side, error });
+                        return (at > start).then(|| Piece { offset: start, len: at - start, extents });
+                    }
+                }
+            }
+            let len = runs.iter().flatten().map(|run| run.len).min().unwrap_or(room);
+            if self.strict
+                && let [Some(first), Some(second)] = &runs
+                && flags(first) != flags(second)
+            {
+                self.found(Mismatch { offset: at, allocation: true });
+                return (at > start).then(|| Piece { offset: start, len: at - start, extents });
+            }
+            let zero = runs.iter().flatten().all(|run| run.zero);
+            if zero && at == start && len >= PIECE {
+                self.cursor += len;
+                for list in &mut extents {
+                    list.push(Extent { offset: at, len, depth: 0, kind: ExtentKind::Zero { host: None } });
+                }
+                break;
+            }
+            let len = len.min(stop - at);
+            for (list, run) in extents.iter_mut().zip(&runs) {
+                let kind = run.map_or(ExtentKind::Zero { host: None }, |run| run.kind);
+                let extent = Extent { offset: at, len, depth: 0, kind };
+                if !list.last_mut().is_some_and(|last: &mut Extent| last.join(&extent)) {
+                    list.push(extent);
+                }
+            }
+            self.cursor += len;
+        }
+        Some(Piece { offset: start, len: self.cursor - start, extents })
+    }
+
+    /// What a disk holds; `None` behind its end.
+    fn status(&self, side: usize, at: u64, room: u64) -> Result<Option<Status>, Error> {
+        let disk = &self.disks[side];
+        match disk.size().saturating_sub(at) {
+            0 => Ok(None),
+            left => disk.status_at(at, room.min(left)).map(Some),
+        }
+    }
+
+    fn found(&mut self, mismatch: Mismatch) {
+        if self.mismatch.is_none_or(|known| mismatch.offset < known.offset) {
+            self.mismatch = Some(mismatch);
+        }
+    }
+
+    fn failed(&mut self, fault: Fault) {
+        if fault.offset < self.fault_offset() {
+            self.fault = Some(fault);
+        }
+    }
+}
+
+/// What must agree of two runs in strict mode.
+fn flags(status: &Status) -> (bool, bool, bool, bool, bool) {
+    (status.present, status.zero, status.data, status.compressed, status.place.is_some())
+}
+
+/// Offset of the first sector in which the disks differ.
+fn compare<P: Platform>(
+    platform: &P,
+    piece: &Piece,
+    scratch: &mut [Scratch<'_>; 2],
+    buffers: &mut [Vec<u8>; 2],
+) -> Result<Option<u64>, Fault> {
+    for (side, (buffer, scratch)) in buffers.iter_mut().zip(scratch).enumerate() {
+        buffer.resize(piece.len as usize, 0);
+        let extents = piece.extents[side].clone();
+        let chunk = Chunk { seq: 0, offset: piece.offset, len: piece.len, extents };
+        let filled = fill(platform, &chunk, buffer, scratch, None, |_| true, Batch::default());
+        filled.map_err(|fault| Fault { step: Step::Read, offset: fault.offset, side, error: fault.error })?;
+    }
+    let [first, second] = &*buffers;
+    if first == second {
+        return Ok(None);
+    }
+    let sectors = first.chunks(SECTOR).zip(second.chunks(SECTOR));
+    let index = sectors.enumerate().find(|(_, (a, b))| a != b).map_or(0, |(index, _)| index);
+    Ok(Some(piece.offset + (index * SECTOR) as u64))
+}

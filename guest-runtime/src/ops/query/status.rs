@@ -1,0 +1,173 @@
+//! What a disk holds at an offset, as QEMU's block status tells it.
+
+use alloc::vec::Vec;
+
+use instar_blockio::{BlockMap, Error, ErrorKind, Extent, ExtentKind, FileId, Result};
+use instar_guest_protocol::message::{Failure, Format, Source};
+
+use crate::chain::{ChainLayer, open_layers};
+use crate::platform::Platform;
+
+/// A disk with its chain.
+pub(super) struct Disk<P: Platform> {
+    platform: P,
+    layers: Vec<ChainLayer>,
+    /// Holes of the top image's file are looked for inside of its data.
+    sparse_data: bool,
+}
+
+/// A run of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Status {
+    /// Bytes.
+    pub len: u64,
+    /// Which image of the chain answers.
+    pub depth: u32,
+    /// That image has something to say.
+    pub present: bool,
+    /// It reads as zero.
+    pub zero: bool,
+    /// It is stored.
+    pub data: bool,
+    /// It is stored compressed.
+    pub compressed: bool,
+    /// Where it is stored as it is.
+    pub place: Option<(FileId, u64)>,
+    /// How to read it.
+    pub kind: ExtentKind,
+}
+
+/// Formats whose driver in QEMU does not tell what is allocated: all of it is data, at no known place.
+fn tells_nothing(format: Format) -> bool {
+    matches!(format, Format::Vhdx | Format::Dmg | Format::Bochs | Format::Cloop)
+}
+
+/// Formats in which what is not allocated is zero by itself, not for a backing image to answer.
+fn has_no_backing(format: Format) -> bool {
+    matches!(format, Format::Vpc | Format::Vdi | Format::Raw | Format::File | Format::Luks)
+}
+
+impl<P: Platform> Disk<P> {
+    /// Opens an image with everything below it. `allocated`: bytes that the file system holds of its file, if they are known.
+    pub fn open(platform: &P, source: &Source, allocated: Option<u64>) -> core::result::Result<Self, Failure> {
+        let layers = open_layers(platform, source)?;
+        let file_len = platform.files().get(FileId(source.device)).map_or(0, |file| file.len());
+        // An image whose tables are all there and whose data is not, as with preallocation=metadata.
+        let sparse = |allocated: u64| file_len > allocated.saturating_mul(10) / 9 && file_len > allocated + (128 << 10);
+        let qcow2 = layers.first().is_some_and(|top| top.format == Format::Qcow2);
+        let sparse_data = qcow2 && allocated.is_some_and(sparse);
+        Ok(Self { platform: platform.clone(), layers, sparse_data })
+    }
+
+    /// Bytes of the disk.
+    pub fn size(&self) -> u64 {
+        self.layers.first().map_or(0, |top| top.disk.size())
+    }
+
+    /// Format of the image itself.
+    pub fn format(&self) -> Format {
+        self.layers.first().map_or(Format::Raw, |top| top.format)
+    }
+
+    /// The run at `offset`, which lies inside the disk: 1 to `max_len` bytes.
+    ///
+    /// # Errors
+    /// Tables that can't be read.
+    pub fn status_at(&self, offset: u64, max_len: u64) -> Result<Status> {
+        let mut max_len = max_len.min(self.size().saturating_sub(offset));
+        let nothing = |depth: u32, len: u64| Status {
+            len,
+            depth,
+            present: false,
+            zero: true,
+            data: false,
+            compressed: false,
+            place: None,
+            kind: ExtentKind::Unallocated,
+        };
+        let mut answer = nothing(0, max_len);
+        for (depth, layer) in (0..).zip(&self.layers) {
+            let left = layer.disk.size().saturating_sub(offset);
+            if left == 0 {
+                // Behind the end of a shorter image the one above it answers.
+                return Ok(answer);
+            }
+            max_len = max_len.min(left);
+            let extent = layer.disk.extent_at(offset, max_len)?;
+            let extent = extent.clip(offset, max_len).filter(|extent| extent.offset == offset);
+            let extent = extent.ok_or(Error::new(ErrorKind::Corrupt).at(offset))?;
+            max_len = extent.len;
+            answer = Status { len: extent.len, ..nothing(depth, max_len) };
+            if let Some(status) = self.of_extent(layer, &extent, depth)? {
+                return Ok(status);
+            }
+        }
+        Ok(answer)
+    }
+
+    /// Reads, for units that are too large to be taken apart anew for each piece of them. The range lies inside the disk.
+    ///
+    /// # Errors
+    /// Contents that can't be read.
+    pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            let at = offset.saturating_add(done as u64);
+            let status = self.status_at(at, (buf.len() - done) as u64)?;
+            let end = done + (status.len as usize).min(buf.len() - done);
+            let part = &mut buf[done..end];
+            match self.layers.get(status.depth as usize) {
+                Some(layer)
+                    if status.data && !matches!(status.kind, ExtentKind::Zero { .. } | ExtentKind::Unallocated) =>
+                {
+                    layer.disk.read_at(at, part)?;
+                }
+                _ => part.fill(0),
+            }
+            done = end;
+        }
+        Ok(())
+    }
+
+    /// What the extent of a layer says; `None` if the next layer is to be asked.
+    fn of_extent(&self, layer: &ChainLayer, extent: &Extent, depth: u32) -> Result<Option<Status>> {
+        let status = Status {
+            len: extent.len,
+            depth,
+            present: true,
+            zero: false,
+            data: true,
+            compressed: false,
+            place: None,
+            kind: extent.kind,
+        };
+        if tells_nothing(layer.format) {
+            return Ok(Some(status));
+        }
+        let raw = matches!(layer.format, Format::Raw | Format::File);
+        Ok(Some(match extent.kind {
+            ExtentKind::Data { file, host } if depth == 0 && self.sparse_data => self.in_file(status, file, host)?,
+            ExtentKind::Data { file, host } => Status { place: Some((file, host)), ..status },
+            ExtentKind::Zero { .. } if raw => {
+                Status { zero: true, data: false, place: Some((layer.file, extent.offset)), ..status }
+            }
+            ExtentKind::Zero { host } => Status { zero: true, data: false, place: host, ..status },
+            ExtentKind::Compressed(_) => Status { compressed: true, ..status },
+            ExtentKind::Unallocated if has_no_backing(layer.format) => Status { zero: true, data: false, ..status },
+            ExtentKind::Unallocated => return Ok(None),
+            _ => status,
+        }))
+    }
+
+    /// Data of the image, which may lie in a hole of its file.
+    fn in_file(&self, status: Status, file: FileId, host: u64) -> Result<Status> {
+        let placed = Status { place: Some((file, host)), ..status };
+        let Some(below) = self.platform.file(file.0) else { return Ok(placed) };
+        let inside = self.platform.files().get(file).map_or(0, |state| state.len()).saturating_sub(host);
+        if inside == 0 {
+            return Ok(Status { zero: true, ..placed });
+        }
+        let run = below.extent_at(host, status.len.min(inside))?;
+        Ok(Status { len: run.len, zero: matches!(run.kind, ExtentKind::Zero { .. }), ..placed })
+    }
+}
