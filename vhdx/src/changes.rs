@@ -65,6 +65,9 @@ impl Changes {
 
     /// The first run that reaches into `start..end`, clipped to it.
     fn first(&self, start: u64, end: u64) -> Option<(Area, Option<DataAt>)> {
+        if start >= end {
+            return None;
+        }
         let before = self.runs.range(..=start).next_back().filter(|(_, (stop, _))| *stop > start);
         let (&at, &(stop, data)) = before.or_else(|| self.runs.range(start..end).next())?;
         let from = at.max(start);
@@ -203,6 +206,8 @@ mod tests {
                 at = area.end();
             }
             prop_assert_eq!(seen, model);
+            // Nothing lies in an empty range, even inside of a run.
+            prop_assert!((0..40 * 2).all(|half| map.first(half * LOG_SECTOR / 2, half * LOG_SECTOR / 2).is_none()));
         }
     }
 }
