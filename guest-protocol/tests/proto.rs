@@ -265,12 +265,7 @@ fn calls_and_answers_are_the_same() {
         }),
         done(Reply::Create(m::CreateReply { virtual_size: 1 })),
         done(Reply::Map(m::MapReply { virtual_size: 1 })),
-        done(Reply::Compare(m::CompareReply {
-            first_size: 1,
-            second_size: 2,
-            mismatch: Some(3),
-            allocation: true,
-        })),
+        done(Reply::Compare(m::CompareReply { first_size: 1, second_size: 2, mismatch: Some(3), allocation: true })),
         done(Reply::Measure(m::MeasureReply {
             virtual_size: 1,
             required: 2,

@@ -10,9 +10,10 @@ pub mod partition;
 pub mod qcow2_edit;
 pub mod qcow2_read;
 pub mod qcow2_write;
+pub mod vhdx;
 
 /// All targets.
-pub const ALL: [Target; 14] = [
+pub const ALL: [Target; 15] = [
     Target { name: "codec", run: codec::run, seeds: codec::seeds },
     Target { name: "detect", run: detect::run, seeds: detect::seeds },
     Target { name: "message", run: message::run, seeds: message::seeds },
@@ -27,4 +28,5 @@ pub const ALL: [Target; 14] = [
     Target { name: "qcow", run: legacy::qcow, seeds: legacy::qcow_seeds },
     Target { name: "qed", run: legacy::qed, seeds: legacy::qed_seeds },
     Target { name: "vdi", run: legacy::vdi, seeds: legacy::vdi_seeds },
+    Target { name: "vhdx", run: vhdx::run, seeds: vhdx::seeds },
 ];
