@@ -244,3 +244,30 @@ fn random_sequences_from_compressed_clusters_and_on_a_backing_image() {
         sequence(seed, "cluster_size=4k,compat=0.10", Start::Backed, 20);
     }
 }
+
+/// A new size by way of `amend`: the bitmaps follow, and the snapshots stay as they are.
+#[test]
+fn sizes() {
+    if !have_qemu() {
+        return;
+    }
+    for sizes in [&["3M", "40M"][..], &["1028k", "1900k", "5M"]] {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = temp.path();
+        must(dir, "qemu-img", &["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", "a", "1M"]);
+        must(dir, "qemu-img", &["bitmap", "--add", "-g", "4k", "a", "b"]);
+        must(dir, "qemu-io", &["-c", "write -P 1 0 90k", "-c", "write -P 2 600k 90k", "a"]);
+        must(dir, "qemu-img", &["snapshot", "-c", "s", "a"]);
+        must(dir, "qemu-io", &["-c", "write -P 3 40k 90k", "-c", "write -P 4 900k 124k", "a"]);
+        fs::copy(dir.join("a"), dir.join("b")).unwrap();
+        for size in sizes {
+            must(dir, "qemu-img", &["amend", "-f", "qcow2", "-o", &format!("size={size}"), "b"]);
+            let (number, unit) = size.split_at(size.len() - 1);
+            let bytes = number.parse::<u64>().unwrap() << if unit == "k" { 10 } else { 20 };
+            let options = AmendOptions { size: Some(bytes), ..AmendOptions::default() };
+            let change: Change = Box::new(move |writer, all| writer.amend(&options, all, &mut |_, _| {}));
+            edit(&dir.join("a"), change).unwrap();
+            assert!(compare(dir, &format!("{size} of {sizes:?}")));
+        }
+    }
+}
