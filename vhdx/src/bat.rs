@@ -135,7 +135,7 @@ mod tests {
         assert_eq!(states, expected);
         // Bits 3 to 19 are reserved and not looked at, as in QEMU.
         assert_eq!(Block::decode(full(8 * MIB) | 0xf_fff8), Block::Full(8 * MIB));
-        assert_eq!((bitmap_place(5 * MIB | 6), bitmap_place(5 * MIB)), (Some(5 * MIB), None));
+        assert_eq!((bitmap_place((5 * MIB) | 6), bitmap_place(5 * MIB)), (Some(5 * MIB), None));
     }
 
     #[test]
@@ -162,9 +162,9 @@ mod tests {
         assert_eq!(fault(0, full(MIB)), Some(EntryFault::Overlap(Region::Log)));
         assert_eq!(fault(0, full(0)), Some(EntryFault::Overlap(Region::HeaderSection)));
         assert_eq!(fault(0, full(1 << 63)), Some(EntryFault::Overflow));
-        assert_eq!([4, 5, 4 * MIB | 7].map(|entry| fault(0, entry)), [Some(EntryFault::State); 3]);
+        assert_eq!([4, 5, (4 * MIB) | 7].map(|entry| fault(0, entry)), [Some(EntryFault::State); 3]);
         let child = Rules { has_parent: true, ..rules };
-        assert!(child.check(0, 4 * MIB | 7).is_ok());
+        assert!(child.check(0, (4 * MIB) | 7).is_ok());
         // A sector bitmap.
         assert!(child.check(geometry.bitmap_entry_of(0), full(7 * MIB)).is_err());
         assert_eq!(child.check(geometry.bitmap_entry_of(0), 0), Ok(None));

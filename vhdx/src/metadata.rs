@@ -69,7 +69,8 @@ impl Items {
             let flags = raw.flags.get();
             match items.place(&raw.guid) {
                 Some((item, place)) if flags & ITEM_IS_USER == 0 => {
-                    if place.replace(item_area(region, item, raw)?).is_some() {
+                    let area = item_area(region, item, raw)?;
+                    if place.replace(area).is_some() {
                         return Err(Error::DuplicateItem(item));
                     }
                 }
@@ -184,7 +185,10 @@ mod tests {
         }
     }
 
-    fn with(patches: &[(usize, &[u8])]) -> Result<Metadata> {
+    /// Bytes and their place.
+    type Patch<'a> = (usize, &'a [u8]);
+
+    fn with(patches: &[Patch<'_>]) -> Result<Metadata> {
         let mut bytes = sample().emit().unwrap();
         for (at, patch) in patches {
             bytes[*at..*at + patch.len()].copy_from_slice(patch);
@@ -200,7 +204,7 @@ mod tests {
     #[test]
     fn items_out_of_their_rules() {
         // The table: 32 bytes, then entries of 32: parameters at 32, size 64, id 96, logical 128, physical 160.
-        let cases: [(&[(usize, &[u8])], Error); 13] = [
+        let cases: [(&[Patch<'_>], Error); 13] = [
             (&[(0, b"M")], Error::NoMetadata),
             (&[(10, &[0, 8])], Error::TooManyItems(2048)),
             (&[(10, &[4])], Error::MissingItem(Item::PhysicalSectorSize)),

@@ -163,8 +163,11 @@ mod tests {
         Regions::read(&Pages::new(file, 0), &header)
     }
 
+    /// Bytes and their place.
+    type Patch<'a> = (usize, &'a [u8]);
+
     /// The good table with some bytes changed and its checksum right.
-    fn with(patches: &[(usize, &[u8])]) -> Result<Regions> {
+    fn with(patches: &[Patch<'_>]) -> Result<Regions> {
         let mut bytes = GOOD.emit().unwrap();
         for (at, patch) in patches {
             bytes[*at..*at + patch.len()].copy_from_slice(patch);
@@ -187,7 +190,7 @@ mod tests {
     #[test]
     fn fields_out_of_their_rules() {
         let unknown = [7; 16];
-        let cases: [(&[(usize, &[u8])], Error); 9] = [
+        let cases: [(&[Patch<'_>], Error); 9] = [
             (&[(8, &[0, 8])], Error::TooManyRegions(2048)),
             (&[(8, &[1])], Error::MissingRegion(Region::Metadata)),
             (&[(8, &[3]), (80, &unknown), (108, &[1])], Error::UnknownRegion(Guid(unknown))),

@@ -120,7 +120,7 @@ fn the_newest_sequence_counts_and_is_carried_out() {
     let place = file.len() as u64;
     file.resize(file.len() + MIB, 0x77);
     let len = file.len() as u64;
-    let full = |mib: u64| place / MIB as u64 * MIB as u64 * mib | 6;
+    let (unmapped, full) = (3, place | 6);
     set_log_guid(&mut file, GUID);
     // Left over: an older sequence, and one that counts on an entry that is gone.
     let old = entry(3, 0x40000, len, &[bat_sector(&file, 2)]);
@@ -128,8 +128,8 @@ fn the_newest_sequence_counts_and_is_carried_out() {
     let torn = entry(90, 0x60000, len, &[bat_sector(&file, 2)]);
     put_log(&mut file, 0x80000, &torn);
     // The active one: around the end of the ring, in two entries.
-    let first = entry(10, MIB - SECTOR, len, &[bat_sector(&file, full(0) | 1)]);
-    let second = entry(11, MIB - SECTOR, len, &[bat_sector(&file, full(1))]);
+    let first = entry(10, MIB - SECTOR, len, &[bat_sector(&file, unmapped)]);
+    let second = entry(11, MIB - SECTOR, len, &[bat_sector(&file, full)]);
     put_log(&mut file, MIB - SECTOR, &first);
     put_log(&mut file, first.len() - SECTOR, &second);
     let image = open(&file).unwrap();
@@ -141,7 +141,7 @@ fn the_newest_sequence_counts_and_is_carried_out() {
     let mut disk = MemBlock::from(file.clone());
     assert!(replay_log(&mut disk).unwrap());
     let bytes = disk.as_bytes();
-    assert_eq!(u64::from_le_bytes(bytes[BAT + 40..BAT + 48].try_into().unwrap()), full(1));
+    assert_eq!(u64::from_le_bytes(bytes[BAT + 40..BAT + 48].try_into().unwrap()), full);
     assert!(
         bytes[BAT..BAT + 40] == file[BAT..BAT + 40] && bytes[BAT + 48..BAT + SECTOR] == file[BAT + 48..BAT + SECTOR]
     );
