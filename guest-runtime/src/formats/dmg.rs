@@ -19,7 +19,10 @@ pub(super) fn open<P: Platform>(
     strict: bool,
 ) -> Result<Box<dyn OpenImage<P>>, Failure> {
     let image = Image::open(file, id, &OpenOptions { strict }).map_err(|error| failure(id, error))?;
-    for &kind in image.unreadable() {
+    // As QEMU does: kinds that it has a module for, and the first of all others.
+    let is_known = |kind: &u32| matches!(kind, 0x8000_0006 | 0x8000_0007);
+    let unknown = image.unreadable().iter().find(|kind| !is_known(kind));
+    for &kind in image.unreadable().iter().filter(|kind| is_known(kind) || unknown == Some(kind)) {
         let warning = Failure { value: kind.into(), ..about(Step::Open, id, Cause::UnreadableChunks) };
         platform.call(&Call { kind: Some(call::Kind::Warning(warning)) });
     }

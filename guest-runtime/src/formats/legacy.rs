@@ -27,7 +27,6 @@ pub(super) struct Legacy<I> {
 pub(super) struct Facts {
     pub cluster_size: Option<u64>,
     pub encrypted: bool,
-    pub dirty: bool,
     pub backing_file: Option<Vec<u8>>,
     pub backing_format: Option<Vec<u8>>,
 }
@@ -58,7 +57,6 @@ impl<P: Platform, I: Layer + 'static> OpenImage<P> for Legacy<I> {
         info.virtual_size = self.image.size();
         info.cluster_size = self.facts.cluster_size;
         info.encrypted = self.facts.encrypted;
-        info.dirty = self.facts.dirty;
         info.backing_file = self.facts.backing_file.clone();
         info.backing_format = self.facts.backing_format.clone();
         Ok(())

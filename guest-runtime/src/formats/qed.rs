@@ -5,7 +5,7 @@ use alloc::boxed::Box;
 use instar_blockio::FileId;
 use instar_guest_protocol::message::{Cause, Failure, Format, FormatFault, OptionError, Step, Target};
 use instar_legacy::qed::{
-    CreateOptions, Error, Features, Image, OpenOptions, OptionError as Wrong, Writer, create as create_qed,
+    CreateOptions, Error, Image, OpenOptions, OptionError as Wrong, Writer, create as create_qed,
 };
 
 use super::legacy::{Facts, Legacy, fault, io, not_in_format, target};
@@ -18,7 +18,6 @@ pub(super) fn open<P: Platform>(file: File<P>, id: FileId, strict: bool) -> Resu
     let image = Image::open(file, id, &OpenOptions { strict }).map_err(|error| failure(Step::Open, id, error))?;
     let facts = Facts {
         cluster_size: Some(image.cluster_size()),
-        dirty: image.header().features.contains(Features::NEED_CHECK),
         backing_file: image.backing_file().map(<[u8]>::to_vec),
         backing_format: image.backing_format().map(<[u8]>::to_vec),
         ..Facts::default()
