@@ -106,12 +106,17 @@ impl<D: BlockRead> Store<D> {
         Ok(bytes)
     }
 
-    /// How many of the `max` bytes from `offset` on are zero for certain, in multiples of `width`: looks no further than the page.
+    /// How many of the `max` bytes from `offset` on are zero for certain, in multiples of `width`: looks no further than the page, unless
+    /// the file has ended.
     pub fn zero_run(&self, offset: u64, max: u64, width: u64) -> Result<u64> {
         /// Bytes that are tested at once.
         const STEP: usize = 256;
         if self.strict {
             return Ok(0);
+        }
+        let waits = |page: &Page| page.is_dirty() && page.number >= offset / PAGE as u64;
+        if offset >= self.file.size() && !self.kept.borrow().pages.iter().any(waits) {
+            return Ok(max / width * width);
         }
         let skip = (offset % PAGE as u64) as usize;
         let len = max.min((PAGE - skip) as u64) as usize;

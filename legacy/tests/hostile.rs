@@ -35,9 +35,9 @@ fn write<T: BlockAlloc + BlockWrite>(writer: &mut T) {
         let len = size.saturating_sub(offset).min(700);
         let bytes = vec![0xa5; len as usize];
         let mut back = vec![0; len as usize];
-        if writer.write_at(offset, &bytes).is_ok() && writer.read_at(offset, &mut back).is_ok() {
-            assert_eq!(back, bytes);
-        }
+        // Tables of hostile images may lie where data do, so what comes back may be something else.
+        let _ = writer.write_at(offset, &bytes);
+        let _ = writer.read_at(offset, &mut back);
         let _ = writer.write_zeroes(offset, len / 2, ZeroMode::Unmap);
         let _ = writer.write_zeroes(offset, len / 3, ZeroMode::KeepAllocated);
         let _ = writer.discard(offset, len);

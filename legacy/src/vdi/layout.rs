@@ -48,12 +48,22 @@ impl Layout {
 
     /// Makes sure that no block in use is given away, whatever the header counts.
     pub(super) fn count_blocks<D: BlockRead>(&mut self, store: &Store<D>) -> Result<()> {
-        for index in 0..self.header.blocks.into() {
+        let stored = self.stored_entries(store);
+        for index in 0..stored.into() {
             if let Some(block) = self.entry(store, index)? {
                 self.used = self.used.max(block + 1);
             }
         }
+        if stored < self.header.blocks {
+            self.used = self.used.max(1);
+        }
         Ok(())
+    }
+
+    /// Entries of the map that begin inside the file; all behind them are 0.
+    pub(super) fn stored_entries<D: BlockRead>(&self, store: &Store<D>) -> u32 {
+        let inside = store.file().size().saturating_sub(self.header.map_offset.into()).div_ceil(4);
+        u32::try_from(inside).unwrap_or(u32::MAX).min(self.header.blocks)
     }
 }
 
