@@ -224,6 +224,44 @@ impl Allocator {
         self.blocks = TableCache::new(geometry.cluster_size() as usize, CACHE_LEN);
     }
 
+    /// How many of the clusters from `first` on, at most `limit`, are free.
+    pub(crate) fn free_run<D: BlockWrite>(&mut self, store: &mut Store<D>, first: u64, limit: u64) -> Result<u64> {
+        self.run(store, first, limit, true)
+    }
+
+    /// Takes refcount blocks that count nothing but themselves out of the table and frees them. No freed cluster may wait.
+    pub(crate) fn drop_unused_blocks<D: BlockWrite>(&mut self, store: &mut Store<D>) -> Result<()> {
+        let mut dropped = Vec::new();
+        for index in 0..self.table.len() {
+            let at = self.table[index];
+            if at != 0 && self.counts_only_itself(store, index, at)? {
+                self.table[index] = 0;
+                dropped.push((index as u64, at / self.geometry.cluster_size()));
+            }
+        }
+        if dropped.is_empty() {
+            return Ok(());
+        }
+        self.write_table(store)?;
+        store.flush()?;
+        for (index, cluster) in dropped {
+            self.blocks.forget(cluster * self.geometry.cluster_size());
+            if cluster / self.per_block() != index {
+                self.give_back(store, Span { first: cluster, count: 1 })?;
+            }
+        }
+        self.write_blocks(store)
+    }
+
+    fn counts_only_itself<D: BlockWrite>(&mut self, store: &mut Store<D>, index: usize, at: u64) -> Result<bool> {
+        let (order, per_block) = (self.geometry.refcount_order(), self.per_block());
+        let own = at / self.geometry.cluster_size();
+        let own = (own / per_block == index as u64).then_some(own % per_block);
+        let Some(block) = self.counts(store, index as u64 * per_block)? else { return Ok(false) };
+        let expected = |slot: u64| u64::from(own == Some(slot));
+        Ok((0..per_block).all(|slot| count_at(block, order, slot as usize) == expected(slot)))
+    }
+
     /// Finds `count` free neighbours, without taking them.
     fn find<D: BlockWrite>(&mut self, store: &mut Store<D>, count: u64) -> Result<u64> {
         let last = MAX_OFFSET >> self.geometry.cluster_bits();

@@ -309,7 +309,7 @@ impl<D: BlockWrite> Writer<D> {
                     data.extend(size);
                 }
             }
-            Preallocation::Falloc | Preallocation::Full if self.data.is_none() => self.preallocate_area(mode)?,
+            Preallocation::Falloc | Preallocation::Full if self.data.is_none() => self.preallocate_area(0, mode)?,
             _ => self.preallocate_places(mode)?,
         }
         Ok(())
@@ -320,7 +320,7 @@ impl<D: BlockWrite> Writer<D> {
         let size = self.header.virtual_size;
         let mut offset = 0;
         while offset < size {
-            offset += self.preallocate_run(offset, size - offset)?;
+            offset += self.preallocate_run(offset, size - offset)?.len;
         }
         if let Some(data) = &mut self.data {
             data.extend(size);
@@ -329,27 +329,36 @@ impl<D: BlockWrite> Writer<D> {
         Ok(())
     }
 
-    /// Gives every cluster a place in one area at the end of the file; the tables lie where there is room.
-    fn preallocate_area(&mut self, mode: Preallocation) -> blockio::Result<()> {
+    /// Gives every cluster from `offset` on a place in one area at the end of the file; the tables lie where there is room.
+    pub(crate) fn preallocate_area(&mut self, offset: u64, mode: Preallocation) -> blockio::Result<()> {
         let geometry = self.header.geometry;
-        let clusters = geometry.clusters(self.header.virtual_size);
+        let disk_len = self.header.virtual_size - offset;
+        let clusters = geometry.clusters(disk_len);
         let end = self.main.end();
         let start = self.alloc.last_used(&mut self.main, end)? + 1;
         // One table more than needed, as the area may begin inside one.
         let tables = clusters.div_ceil(geometry.l2_entries()) + 1;
         let first = self.alloc.move_table(&mut self.main, start, clusters + tables, true, None)?;
+        if self.state == State::Live {
+            self.sync()?; // QEMU uses the old table's place again
+        }
         if self.alloc.allocate_at(&mut self.main, first, clusters)? != clusters {
             return Err(ErrorKind::NoSpace.into());
         }
         let (at, len) = (first * geometry.cluster_size(), clusters * geometry.cluster_size());
         self.main.extend(at + len);
         allocate_space(&mut self.main, at, len, mode)?;
-        self.link(0, len, at, Link::Place)
+        self.link(offset, len, at, Link::Place)
     }
 }
 
 /// Makes the file hold space for a range that belongs to the image.
-fn allocate_space<D: BlockWrite>(store: &mut Store<D>, at: u64, len: u64, mode: Preallocation) -> blockio::Result<()> {
+pub(crate) fn allocate_space<D: BlockWrite>(
+    store: &mut Store<D>,
+    at: u64,
+    len: u64,
+    mode: Preallocation,
+) -> blockio::Result<()> {
     match mode {
         Preallocation::Off | Preallocation::Metadata => Ok(()),
         Preallocation::Falloc => {

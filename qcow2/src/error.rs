@@ -6,6 +6,7 @@ use crate::addr::HostOffset;
 use crate::amend::AmendError;
 use crate::bitmap_edit::BitmapError;
 use crate::create::OptionError;
+use crate::resize::ResizeError;
 
 /// Why an image can't be opened, read, made or changed. Each cause carries the offending value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,6 +109,12 @@ pub enum Error {
     Bitmap(BitmapError),
     /// An option of an existing image can't be changed as wanted.
     Amend(AmendError),
+    /// The disk can't get the wanted size.
+    Resize(ResizeError),
+    /// An image can't get this backing file: its external data file is a raw image of its own, or the name is too long.
+    BackingRefused,
+    /// The first cluster has no room for the name of the backing file.
+    HeaderFull,
     /// Memory for a bounded table could not be had.
     OutOfMemory,
 }
@@ -251,7 +258,7 @@ impl From<Error> for blockio::Error {
                 ErrorKind::Unsupported.into()
             }
             Error::EncryptedWrite => ErrorKind::Encrypted.into(),
-            Error::Options(_) | Error::RefcountOverflow(_) | Error::Bitmap(_) | Error::Amend(_) => {
+            Error::Options(_) | Error::RefcountOverflow(_) | Error::Bitmap(_) | Error::Amend(_) | Error::Resize(_) => {
                 ErrorKind::InvalidInput.into()
             }
             Error::SnapshotsWithDataFile | Error::TooManySnapshots => ErrorKind::Unsupported.into(),
@@ -375,6 +382,9 @@ impl fmt::Display for Error {
             Self::RefcountOverflow(at) => write!(f, "refcount of the cluster at {at:#x} can't rise"),
             Self::Bitmap(error) => write!(f, "{error}"),
             Self::Amend(error) => write!(f, "{error}"),
+            Self::Resize(error) => write!(f, "{error}"),
+            Self::BackingRefused => f.write_str("the image can't have this backing file"),
+            Self::HeaderFull => f.write_str("no room for the backing file name"),
             Self::OutOfMemory => f.write_str("out of memory"),
         }
     }

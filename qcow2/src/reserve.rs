@@ -265,13 +265,13 @@ impl<D: BlockWrite> Writer<D> {
         Ok(())
     }
 
-    /// Gives the beginning of `offset..offset + len` a place and returns how long it is.
-    pub(crate) fn preallocate_run(&mut self, offset: u64, len: u64) -> Result<u64> {
+    /// Gives the beginning of `offset..offset + len` a place, which it returns.
+    pub(crate) fn preallocate_run(&mut self, offset: u64, len: u64) -> Result<Reservation> {
         let place = self.reserve(offset, len)?;
         self.take_open(&place)?;
         self.link(place.offset, place.len, place.host, Link::Place)?;
         self.leave_runs(&place, false)?;
-        Ok(place.len)
+        Ok(place)
     }
 
     /// Bits of the subclusters that the bytes `from..to` of a cluster touch.

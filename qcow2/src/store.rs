@@ -84,6 +84,12 @@ impl<D: BlockWrite> Store<D> {
         Ok(())
     }
 
+    /// Gives the file exactly this length, where that is possible.
+    pub(crate) fn set_end(&mut self, end: u64) -> Result<()> {
+        self.end = end;
+        if self.is_sparse() && self.file.size() != end { self.file.set_size(end) } else { Ok(()) }
+    }
+
     pub(crate) fn flush(&mut self) -> Result<()> {
         self.file.flush()
     }

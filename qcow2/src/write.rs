@@ -34,7 +34,7 @@ use crate::reserve::Reserved;
 use crate::store::{Store, zeroed};
 
 /// Memory for L2 tables, bytes: 64 GiB of disk with clusters of 64 KiB.
-const L2_CACHE_LEN: usize = 8 << 20;
+pub(crate) const L2_CACHE_LEN: usize = 8 << 20;
 /// Runs of freed clusters that wait for a flush at most.
 const MAX_WAITING: usize = 1024;
 /// What a device writes as a whole, bytes; the smallest cluster has as many.
@@ -65,9 +65,9 @@ pub struct Writer<D> {
     l1_dirty: Option<Range<usize>>,
     pub(crate) l2: TableCache,
     /// The last table that was looked at without being in the cache.
-    side: RefCell<Option<(u64, Vec<u8>)>>,
+    pub(crate) side: RefCell<Option<(u64, Vec<u8>)>>,
     /// An existing image has been changed.
-    changed: bool,
+    pub(crate) changed: bool,
     /// A write of tables failed: what the file holds is not known any more.
     pub(crate) failed: bool,
 }
@@ -684,28 +684,7 @@ impl<D: BlockWrite> BlockWrite for Writer<D> {
     /// # Errors
     /// [`ErrorKind::Unsupported`] for a shorter disk; [`ErrorKind::OutOfBounds`] where the L1 table would exceed QEMU's limit.
     fn set_size(&mut self, size: u64) -> blockio::Result<()> {
-        let old = self.header.virtual_size;
-        let size = size.checked_next_multiple_of(512).ok_or(Error::new(ErrorKind::OutOfBounds))?;
-        if size < old {
-            return Err(ErrorKind::Unsupported.into());
-        }
-        self.begin()?;
-        self.grow_l1(self.header.geometry.l1_entries(size))?;
-        if let Some(data) = &mut self.data {
-            data.extend(size);
-            data.settle()?;
-        }
-        self.header.virtual_size = size;
-        if self.has_backing() {
-            // A longer backing image must not show through.
-            self.write_zeroes(old, size - old, ZeroMode::Unmap)?;
-        }
-        if self.state == State::Live {
-            self.sync()?;
-            self.barrier()?;
-            self.main.write(SIZE_FIELD, &size.to_be_bytes())?;
-        }
-        Ok(())
+        self.set_size_rounded(size)
     }
 
     /// A fresh image becomes valid by [`finish`](Writer::finish) only.
