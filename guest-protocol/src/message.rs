@@ -10,7 +10,7 @@ use alloc::vec::Vec;
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Request {
     /// The operation.
-    #[prost(oneof = "request::Operation", tags = "1, 2, 3, 4, 5, 6, 10, 11, 12")]
+    #[prost(oneof = "request::Operation", tags = "1, 2, 3, 4, 5, 6, 10, 11, 12, 20, 21, 22, 23")]
     pub operation: Option<request::Operation>,
 }
 
@@ -46,6 +46,18 @@ pub mod request {
         /// Change options of an image.
         #[prost(message, tag = "12")]
         Amend(super::AmendRequest),
+        /// Give a disk another size.
+        #[prost(message, tag = "20")]
+        Resize(super::ResizeRequest),
+        /// Put an image on another backing image.
+        #[prost(message, tag = "21")]
+        Rebase(super::RebaseRequest),
+        /// Move the contents of an image into one below it.
+        #[prost(message, tag = "22")]
+        Commit(super::CommitRequest),
+        /// Make requests and measure the time.
+        #[prost(message, tag = "23")]
+        Bench(super::BenchRequest),
     }
 }
 
@@ -349,6 +361,23 @@ pub struct ConvertRequest {
     /// Make the target durable before success is reported.
     #[prost(bool, tag = "12")]
     pub flush: bool,
+    /// Copy a part of the sources, as `dd` does; absent: all.
+    #[prost(message, optional, tag = "30")]
+    pub blocks: Option<Blocks>,
+}
+
+/// A part of a disk in blocks.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Blocks {
+    /// Bytes of a block, at least 1. Not more than so many are written at once.
+    #[prost(uint64, tag = "1")]
+    pub size: u64,
+    /// Blocks from the beginning of the disk of which no more is read, those that are skipped included; absent: all.
+    #[prost(uint64, optional, tag = "2")]
+    pub count: Option<u64>,
+    /// Blocks to be skipped.
+    #[prost(uint64, tag = "3")]
+    pub skip: u64,
 }
 
 /// Make an empty image.
@@ -493,6 +522,130 @@ pub struct AmendOptions {
     /// Encryption options were given.
     #[prost(bool, tag = "9")]
     pub encryption: bool,
+}
+
+/// Give the disk of an image, whose device is writable, another size.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct ResizeRequest {
+    /// The image.
+    #[prost(message, required, tag = "1")]
+    pub image: Source,
+    /// How the size is given.
+    #[prost(enumeration = "SizeChange", tag = "2")]
+    pub change: i32,
+    /// Bytes.
+    #[prost(uint64, tag = "3")]
+    pub amount: u64,
+    /// The disk may get shorter.
+    #[prost(bool, tag = "4")]
+    pub shrink: bool,
+    /// What is allocated behind the old end; absent: not said.
+    #[prost(enumeration = "Preallocation", tag = "5")]
+    pub preallocation: i32,
+}
+
+/// How a new size is given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum SizeChange {
+    /// As it is to be.
+    Absolute = 0,
+    /// To be added.
+    Grow = 1,
+    /// To be taken off.
+    Shrink = 2,
+}
+
+/// Put an image, whose device is writable, on another backing image.
+///
+/// The new backing image is asked for by [`OpenFile`] with [`FileRole::NewBacking`] once the chain is open.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct RebaseRequest {
+    /// The image.
+    #[prost(message, required, tag = "1")]
+    pub image: Source,
+    /// Name of the new backing image as stored; empty for none.
+    #[prost(bytes = "vec", tag = "2")]
+    pub name: Vec<u8>,
+    /// Format name as stored; empty if not given.
+    #[prost(bytes = "vec", tag = "3")]
+    pub format_name: Vec<u8>,
+    /// Format of the new backing image.
+    #[prost(enumeration = "Format", tag = "4")]
+    pub format: i32,
+    /// Only record the name: neither backing image is opened.
+    #[prost(bool, tag = "5")]
+    pub only_name: bool,
+    /// Store what is copied compressed.
+    #[prost(bool, tag = "6")]
+    pub compress: bool,
+    /// Flushes reach the disk, in the order that keeps the image valid.
+    #[prost(bool, tag = "7")]
+    pub flush: bool,
+    /// vCPUs to use, at least 1.
+    #[prost(uint32, tag = "8")]
+    pub threads: u32,
+    /// Send [`Progress`].
+    #[prost(bool, tag = "9")]
+    pub progress: bool,
+}
+
+/// Move the contents of an image, whose device is writable, into an image below it.
+///
+/// The chain is asked for from the top by [`OpenFile`] with [`FileRole::CommitBase`]; the host grants the one image that is to be
+/// written. Those it refuses are asked for as backing files.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct CommitRequest {
+    /// The image.
+    #[prost(message, required, tag = "1")]
+    pub image: Source,
+    /// Leave the image as it is afterwards, instead of emptying it.
+    #[prost(bool, tag = "2")]
+    pub keep: bool,
+    /// Flushes reach the disk, in the order that keeps the images valid.
+    #[prost(bool, tag = "3")]
+    pub flush: bool,
+    /// vCPUs to use, at least 1.
+    #[prost(uint32, tag = "4")]
+    pub threads: u32,
+    /// Send [`Progress`].
+    #[prost(bool, tag = "5")]
+    pub progress: bool,
+    /// Upper bound of bytes per second, 0 for none.
+    #[prost(uint64, tag = "6")]
+    pub rate_limit: u64,
+}
+
+/// Make requests to an image. A first [`Progress`] tells that it is open and the first request is about to be made.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct BenchRequest {
+    /// The image; its device is writable for writes.
+    #[prost(message, required, tag = "1")]
+    pub image: Source,
+    /// Number of requests.
+    #[prost(uint64, tag = "2")]
+    pub count: u64,
+    /// Requests made at once.
+    #[prost(uint64, tag = "3")]
+    pub depth: u64,
+    /// Disk offset of the first, bytes.
+    #[prost(uint64, tag = "4")]
+    pub offset: u64,
+    /// Bytes of each.
+    #[prost(uint64, tag = "5")]
+    pub size: u64,
+    /// Bytes from one to the next.
+    #[prost(uint64, tag = "6")]
+    pub step: u64,
+    /// Write this byte; absent: read.
+    #[prost(uint32, optional, tag = "7")]
+    pub pattern: Option<u32>,
+    /// Flush after so many writes, 0: never.
+    #[prost(uint64, tag = "8")]
+    pub flush_interval: u64,
+    /// Flushes reach the disk.
+    #[prost(bool, tag = "9")]
+    pub flush: bool,
 }
 
 /// The image that is written.
@@ -713,6 +866,10 @@ pub enum FileRole {
     Target = 4,
     /// The external data file of the image that the user wants written.
     TargetData = 5,
+    /// The new backing image that the user named.
+    NewBacking = 6,
+    /// A backing image, for writing if it is the one that the user wants written.
+    CommitBase = 7,
 }
 
 /// Answer to [`OpenFile`].
@@ -835,6 +992,14 @@ pub enum Step {
     Edit = 7,
     /// Finding out what is stored where.
     Map = 8,
+    /// Reading the metadata of an image to be changed.
+    ReadMetadata = 20,
+    /// Reading the old backing image.
+    ReadOld = 21,
+    /// Reading the new backing image.
+    ReadNew = 22,
+    /// Emptying an image.
+    Empty = 23,
 }
 
 /// Why something failed.
@@ -926,6 +1091,24 @@ pub enum Cause {
     UnreadableChunks = 81,
     /// The parent is another image, or was changed since; `text` = its identity as the child has it.
     ParentMismatch = 90,
+    /// Disks of `format` keep their size.
+    ResizeUnsupported = 120,
+    /// The disk can't get the wanted size: `value` = [`ResizeRefusal`].
+    ResizeRefused = 121,
+    /// Images of `format` have no backing file that could be changed.
+    BackingUnsupported = 122,
+    /// A backing file without a format.
+    BackingFormatMissing = 123,
+    /// The image can't have this backing file.
+    BackingRefused = 124,
+    /// The header has no room for the backing file's name.
+    HeaderFull = 125,
+    /// No image below is the one to be written.
+    BaseNotFound = 126,
+    /// There is no image below.
+    NoBacking = 127,
+    /// What would be written makes the image, of which nobody said that it is raw, look like one of `format`.
+    GuessedRaw = 128,
 }
 
 /// Reasons of [`Cause::BitmapRefused`].
@@ -998,6 +1181,30 @@ pub enum AmendRefusal {
     SizeUnaligned = 15,
     /// A size of 2^63 bytes or more.
     SizeNegative = 16,
+}
+
+/// Reasons of [`Cause::ResizeRefused`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum ResizeRefusal {
+    /// Not said.
+    Unspecified = 0,
+    /// Nothing would be left.
+    NotPositive = 1,
+    /// Preallocation without growth.
+    PreallocationNotGrowing = 2,
+    /// The disk would get shorter, which was not allowed.
+    Shrinks = 3,
+    /// A size between sectors.
+    Unaligned = 4,
+    /// An image of version 2 with snapshots.
+    SnapshotsVersion = 5,
+    /// The tables would be too large.
+    TooLarge = 6,
+    /// Version 2 can't hide what a longer backing image holds.
+    ZeroesVersion = 7,
+    /// There are no tables to be allocated.
+    NoMetadata = 8,
 }
 
 /// Header fields and tables named by [`Cause::InvalidField`]; of qcow2 where not said otherwise.
@@ -1537,6 +1744,9 @@ pub struct ConvertReply {
     /// Bytes read, transformed and written by the guest.
     #[prost(uint64, tag = "3")]
     pub transformed: u64,
+    /// [`Blocks::skip`] leads behind the end of what is to be read.
+    #[prost(bool, tag = "4")]
+    pub skipped_all: bool,
 }
 
 /// What was created.

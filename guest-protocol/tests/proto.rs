@@ -178,6 +178,7 @@ fn requests_are_the_same() {
             progress: true,
             rate_limit: 1,
             flush: true,
+            blocks: Some(m::Blocks { size: 512, count: Some(1), skip: 2 }),
         }),
         Operation::Create(m::CreateRequest { target: target(), size: Some(512) }),
         Operation::Map(m::MapRequest { image: source(), start: 1, max_length: Some(2), allocated: 3 }),
@@ -221,6 +222,43 @@ fn requests_are_the_same() {
             }),
             progress: true,
         }),
+        Operation::Resize(m::ResizeRequest {
+            image: source(),
+            change: m::SizeChange::Grow.into(),
+            amount: 512,
+            shrink: true,
+            preallocation: m::Preallocation::Full.into(),
+        }),
+        Operation::Rebase(m::RebaseRequest {
+            image: source(),
+            name: b"base".to_vec(),
+            format_name: b"raw".to_vec(),
+            format: m::Format::Raw.into(),
+            only_name: true,
+            compress: true,
+            flush: true,
+            threads: 2,
+            progress: true,
+        }),
+        Operation::Commit(m::CommitRequest {
+            image: source(),
+            keep: true,
+            flush: true,
+            threads: 2,
+            progress: true,
+            rate_limit: 1,
+        }),
+        Operation::Bench(m::BenchRequest {
+            image: source(),
+            count: 1,
+            depth: 2,
+            offset: 3,
+            size: 4,
+            step: 5,
+            pattern: Some(6),
+            flush_interval: 7,
+            flush: true,
+        }),
     ];
     for operation in operations {
         assert_same(&pool, "Request", &m::Request { operation: Some(operation) });
@@ -249,7 +287,7 @@ fn calls_and_answers_are_the_same() {
         Call::Warning(failure()),
         done(Reply::Failure(failure())),
         done(Reply::Info(m::InfoReply { images: vec![info()] })),
-        done(Reply::Convert(m::ConvertReply { virtual_size: 1, copied: 2, transformed: 3 })),
+        done(Reply::Convert(m::ConvertReply { virtual_size: 1, copied: 2, transformed: 3, skipped_all: true })),
         Call::Runs(m::MapRuns {
             runs: vec![m::MapRun {
                 start: 1,
@@ -318,7 +356,9 @@ fn enums_are_the_same() {
     assert_enum::<m::BitmapVerb>(&pool, "BitmapVerb");
     assert_enum::<m::BitmapRefusal>(&pool, "BitmapRefusal");
     assert_enum::<m::AmendRefusal>(&pool, "AmendRefusal");
+    assert_enum::<m::SizeChange>(&pool, "SizeChange");
+    assert_enum::<m::ResizeRefusal>(&pool, "ResizeRefusal");
     assert_enum::<m::OptionError>(&pool, "OptionError");
     assert_enum::<m::FormatFault>(&pool, "FormatFault");
-    assert_eq!(pool.all_enums().count(), 13, "an enum without a check");
+    assert_eq!(pool.all_enums().count(), 15, "an enum without a check");
 }

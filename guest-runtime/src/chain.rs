@@ -78,6 +78,48 @@ fn open_top<P: Platform>(platform: &P, source: &Source) -> Result<Box<dyn OpenIm
     Ok(image)
 }
 
+/// Opens what lies below an image, all the way down, as one disk; `None` if nothing does.
+pub(crate) fn open_below<P: Platform>(
+    platform: &P,
+    device: u32,
+    image: &dyn OpenImage<P>,
+    how: Opening,
+) -> Result<Option<Box<dyn Layer>>, Failure> {
+    let mut below = open_backing(platform, device, image, how)?;
+    let mut layers: Vec<Box<dyn Layer>> = Vec::new();
+    while let Some((device, image)) = below {
+        if layers.len() + 1 >= MAX_CHAIN_DEPTH {
+            return Err(too_deep(device));
+        }
+        below = open_backing(platform, device, &*image, how)?;
+        layers.push(image.into_layer());
+    }
+    Ok(match layers.len() {
+        0 => None,
+        1 => Some(layers.swap_remove(0)),
+        _ => Some(Box::new(Overlay::new(layers))),
+    })
+}
+
+/// The image that is to be written by `commit`, if the host says that it is the one below `image`: granted for writing, with its format
+/// as far as it is recorded.
+///
+/// # Errors
+/// A format that nobody knows.
+pub(crate) fn request_base<P: Platform>(
+    platform: &P,
+    device: u32,
+    image: &dyn OpenImage<P>,
+) -> Result<Option<(u32, Format)>, Failure> {
+    let Some(backing) = image.backing() else { return Ok(None) };
+    let recorded = recorded_format(device, backing.driver)?;
+    let mut granted = backing
+        .names
+        .into_iter()
+        .filter_map(|name| request_file(platform, FileId(device), FileRole::CommitBase, name, recorded, true).ok());
+    Ok(granted.next().map(|id| (id.0, recorded)))
+}
+
 /// A chain that is longer than what is accepted.
 pub(crate) fn too_deep(device: u32) -> Failure {
     Failure { value: MAX_CHAIN_DEPTH as u64, ..about(Step::Open, FileId(device), Cause::ChainTooDeep) }

@@ -80,8 +80,8 @@ fn sizes() {
             edit(&dir.join("a"), |image| image.resize(size, Growth { preallocation, ..Growth::default() })).unwrap();
             assert_clean(dir, &what);
             let (ours, theirs) = (fs::read(dir.join("a")).unwrap(), fs::read(dir.join("b")).unwrap());
-            if options == "cluster_size=512" {
-                // QEMU uses the places of refcount blocks that it frees at once, or leaves them where they are.
+            if options == "cluster_size=512" || options == "cluster_size=2M" && mode != "off" {
+                // QEMU keeps tables behind the end, and gives a last cluster that is cut by the end a new place.
                 continue;
             }
             if size < 1 << 30 {

@@ -31,6 +31,7 @@ use crate::platform::{File, Platform};
 
 pub(crate) use self::qcow2::open_data_file;
 pub use self::qcow2::{bitmap_info, qcow2_failure, snapshot_info};
+pub(crate) use self::raw::write_full;
 
 /// An opened image: its main file has been looked at, further files have not.
 pub trait OpenImage<P: Platform>: Send {
@@ -319,6 +320,26 @@ pub fn open_target<P: Platform>(
         Format::Parallels => parallels::open_target(platform, size, durable),
         Format::Vhdx => vhdx::open_target(platform, target, size, durable),
         format => Err(Failure { format: format.into(), ..failure(Step::OpenTarget, Cause::FormatNotSupported) }),
+    }
+}
+
+/// Opens the image on a granted, writable device to write into it.
+///
+/// # Errors
+/// An image that can't be written.
+pub fn open_in_place<P: Platform>(
+    platform: &P,
+    device: u32,
+    format: Format,
+    durable: bool,
+) -> Result<TargetImage<P>, Failure> {
+    match format {
+        Format::Raw | Format::File => raw::open_in_place(platform, device),
+        Format::Qcow2 => qcow2::open_in_place(platform, device, durable),
+        format => {
+            let id = FileId(device);
+            Err(Failure { format: format.into(), ..about(Step::Open, id, Cause::FormatNotSupported) })
+        }
     }
 }
 

@@ -7,12 +7,12 @@ use instar_blockio::{BlockRead, Codec, FileId, Layer};
 use instar_guest_protocol::message as wire;
 use instar_guest_protocol::message::{
     BitmapFault, Cause, Failure, Field, FileRole, Format, ImageInfo, OptionError, Preallocation, Qcow2Info, Reference,
-    SnapshotSelector, Step, Target,
+    ResizeRefusal, SnapshotSelector, Step, Target,
 };
 use instar_luks as luks;
 use instar_qcow2::{self as qcow2, CompressionType, CreateOptions, Writer};
 
-use super::target::{TargetDisk, open_target_file};
+use super::target::{TargetDisk, TargetFile, granted_target_file, open_target_file};
 use super::{Backing, Compression, ImageWriter, MappedImage, OpenImage, TargetImage, invalid_options};
 use crate::chain::request_file;
 use crate::ops::failure::{about, block};
@@ -235,9 +235,22 @@ pub(super) fn create<P: Platform>(
 
 /// Opens an existing image to write into it.
 pub(super) fn open_target<P: Platform>(platform: &P, size: u64, durable: bool) -> Result<TargetImage<P>, Failure> {
-    let main = open_target_file(platform, FileRole::Target, size)?;
+    open_writer(platform, open_target_file(platform, FileRole::Target, size)?, Step::OpenTarget, durable)
+}
+
+/// Opens the image on a granted device to write into it.
+pub(super) fn open_in_place<P: Platform>(platform: &P, device: u32, durable: bool) -> Result<TargetImage<P>, Failure> {
+    open_writer(platform, granted_target_file(platform, device)?, Step::Open, durable)
+}
+
+fn open_writer<P: Platform>(
+    platform: &P,
+    main: TargetFile<P>,
+    step: Step,
+    durable: bool,
+) -> Result<TargetImage<P>, Failure> {
     let (id, block_device) = (main.id, main.block_device);
-    let failed = |error| qcow2_failure(Step::OpenTarget, id, error);
+    let failed = |error| qcow2_failure(step, id, error);
     let image = qcow2::Image::open(main.file.clone(), id, &qcow2::OpenOptions::default()).map_err(failed)?;
     let data = match image.needs_data_file() {
         true => Some(open_data_file(platform, id, image.data_file_name(), true)?),
@@ -368,6 +381,9 @@ pub fn qcow2_failure(step: Step, id: FileId, error: qcow2::Error) -> Failure {
         E::Encrypted(_) | E::EncryptedWrite => of(Cause::Encrypted),
         E::MarkedCorrupt => of(Cause::MarkedCorrupt),
         E::MarkedDirty => of(Cause::MarkedDirty),
+        E::Resize(error) => with(Cause::ResizeRefused, resize_refusal(error) as u64),
+        E::BackingRefused => of(Cause::BackingRefused),
+        E::HeaderFull => of(Cause::HeaderFull),
         E::SnapshotsWithDataFile => of(Cause::SnapshotsUnsupported),
         E::TooManySnapshots => with(Cause::TooMany, 0),
         E::RefcountOverflow(at) => with(Cause::RefcountOverflow, at),
@@ -398,6 +414,18 @@ pub fn qcow2_failure(step: Step, id: FileId, error: qcow2::Error) -> Failure {
         E::SnapshotTableTooBig(rest) => field(Field::SnapshotTableBytes, rest.into()),
         E::DataFileMissing => field(Field::DataFileMissing, 0),
         _ => of(Cause::Unsupported),
+    }
+}
+
+fn resize_refusal(error: qcow2::ResizeError) -> ResizeRefusal {
+    use qcow2::ResizeError as R;
+    match error {
+        R::Unaligned(_) => ResizeRefusal::Unaligned,
+        R::SnapshotsInVersion2 => ResizeRefusal::SnapshotsVersion,
+        R::TooLarge(_) => ResizeRefusal::TooLarge,
+        R::ZeroesInVersion2 => ResizeRefusal::ZeroesVersion,
+        R::PreallocationOnShrink => ResizeRefusal::PreallocationNotGrowing,
+        _ => ResizeRefusal::Unspecified,
     }
 }
 

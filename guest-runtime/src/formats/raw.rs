@@ -2,6 +2,7 @@
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
+use core::ops::Range;
 
 use instar_blockio::{BlockRead, FileId, Layer};
 use instar_guest_protocol::message::{
@@ -9,7 +10,7 @@ use instar_guest_protocol::message::{
 };
 use instar_raw as raw;
 
-use super::target::{TargetFile, open_target_file};
+use super::target::{TargetFile, granted_target_file, open_target_file};
 use super::{FlatImage, OpenImage, TargetImage};
 use crate::ops::failure::{about, block, failure};
 use crate::platform::{File, Io, Platform};
@@ -60,6 +61,12 @@ pub(super) fn open_target<P: Platform>(platform: &P, size: u64) -> Result<Target
     Ok(flat(&opened, opened.file.size()))
 }
 
+/// Opens a granted file.
+pub(super) fn open_in_place<P: Platform>(platform: &P, device: u32) -> Result<TargetImage<P>, Failure> {
+    let granted = granted_target_file(platform, device)?;
+    Ok(flat(&granted, granted.file.size()))
+}
+
 fn flat<P: Platform>(opened: &TargetFile<P>, size: u64) -> TargetImage<P> {
     TargetImage::Flat(FlatImage { file: opened.id, base: 0, size, block_device: opened.block_device, completion: None })
 }
@@ -82,18 +89,22 @@ fn give_size<P: Platform>(
         _ if size == 0 => platform.submit(&mut [Io::SetLen { file, len: 0 }]),
         Preallocation::Off => platform.submit(&mut [Io::SetLen { file, len: size }]),
         Preallocation::Falloc => platform.submit(&mut [Io::Allocate { file, offset: 0, len: size }]),
-        Preallocation::Full => write_full(platform, file, size),
+        Preallocation::Full => write_full(platform, file, 0..size),
         Preallocation::Metadata => return Err(failure(Step::Create, Cause::InvalidOptions)),
     };
     sized.map_err(|(_, error)| block(Step::Create, Some(target.id), 0, error))
 }
 
-/// Writes zeroes over the whole length, so that the file system has given and initialised every block.
-fn write_full<P: Platform>(platform: &P, file: FileId, size: u64) -> Result<(), (usize, instar_blockio::Error)> {
+/// Writes zeroes over a range, so that the file system has given and initialised every block.
+pub(crate) fn write_full<P: Platform>(
+    platform: &P,
+    file: FileId,
+    range: Range<u64>,
+) -> Result<(), (usize, instar_blockio::Error)> {
     const PIECE: usize = 1 << 20;
     const PIECES: usize = 16;
     let zeroes = alloc::vec![0; PIECE];
-    let mut at = 0;
+    let (mut at, size) = (range.start, range.end);
     while at < size {
         let mut batch = Vec::with_capacity(PIECES);
         while at < size && batch.len() < PIECES {

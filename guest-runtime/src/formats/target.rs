@@ -6,7 +6,7 @@ use instar_blockio::{BlockRead, BlockWrite, FileId, Limits, ReadPart, Result as 
 use instar_guest_protocol::boot::DeviceFlags;
 use instar_guest_protocol::message::{Cause, Failure, FileRole, Format, OpenFile, Step};
 
-use crate::ops::failure::failure;
+use crate::ops::failure::{about, failure};
 use crate::platform::{File, Platform};
 
 /// A file of the target, opened by the host.
@@ -43,6 +43,17 @@ pub fn open_target_file<P: Platform>(platform: &P, role: FileRole, size: u64) ->
     let file = file.ok_or_else(|| failure(Step::Create, Cause::OpenRefused))?;
     let flags = DeviceFlags::from_bits_truncate(answer.flags);
     Ok(TargetFile { file, id: FileId(answer.device), block_device: flags.contains(DeviceFlags::BLOCK_DEVICE) })
+}
+
+/// A file that is granted already, to be written.
+///
+/// # Errors
+/// There is no such device.
+pub fn granted_target_file<P: Platform>(platform: &P, device: u32) -> Result<TargetFile<P>, Failure> {
+    let id = FileId(device);
+    let file = platform.file(device).ok_or_else(|| about(Step::Open, id, Cause::BadRequest))?;
+    let block_device = file.flags().contains(DeviceFlags::BLOCK_DEVICE);
+    Ok(TargetFile { file, id, block_device })
 }
 
 /// A file of the target. It flushes only if the user asked for a durable target: otherwise the order in which the host's page cache

@@ -3,13 +3,17 @@
 //! A guest program calls one of [`serve_info`], [`serve_convert`], [`serve_create`] and [`serve_edit`], so that it contains only the code of that operation.
 
 pub mod amend;
+pub mod bench;
 pub mod bitmap;
+pub mod commit;
 pub mod convert;
 pub mod create;
 mod edit;
 pub mod failure;
 pub mod info;
 pub mod query;
+pub mod rebase;
+pub mod resize;
 pub mod snapshot;
 
 use instar_guest_protocol::message::request::Operation;
@@ -50,6 +54,10 @@ pub fn serve_edit<P: Platform>(platform: &P, request: &[u8]) {
             Operation::Snapshot(request) => snapshot::run(platform, &request),
             Operation::Bitmap(request) => bitmap::run(platform, &request),
             Operation::Amend(request) => amend::run(platform, &request),
+            Operation::Resize(request) => resize::run(platform, &request),
+            Operation::Rebase(request) => rebase::run(platform, &request),
+            Operation::Commit(request) => commit::run(platform, &request),
+            Operation::Bench(request) => bench::run(platform, &request),
             _ => return None,
         };
         Some(done.map(reply::Result::Edit))

@@ -230,7 +230,7 @@ fn decode_part(decoder: &mut Decoder, unit: &mut Vec<u8>, decode: Decode<'_>, st
     }
     unit.resize(run.unit_len as usize, 0);
     decoder.decode(run.codec, stored, unit).map_err(corrupt)?;
-    let skip = disk_offset.saturating_sub(run.unit_offset) as usize;
+    let skip = disk_offset.wrapping_sub(run.unit_offset) as usize;
     let part = unit.get(skip..).and_then(|rest| rest.get(..out.len()));
     out.copy_from_slice(part.ok_or(Error::new(ErrorKind::Corrupt).at(run.host))?);
     Ok(())

@@ -6,7 +6,7 @@ use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 
 use super::Sparse;
-use super::fill::{Batch, Fault, Outcome, Scratch, fill};
+use super::fill::{Batch, Fault, Outcome, Scratch, fill, read_under};
 use super::plan::Chunk;
 use super::raw::spans;
 use crate::formats::MappedImage;
@@ -18,9 +18,9 @@ use instar_blockio::{
 use instar_codec::Encoder;
 
 /// The image that is written, and how.
-pub(super) struct MappedTarget<P: Platform> {
+pub(in crate::ops) struct MappedTarget<P: Platform> {
     pub image: Lock<Box<dyn MappedImage<P>>>,
-    /// What reads through where the source writes nothing into a unit: the recorded backing image.
+    /// What reads through where the source writes nothing into a unit: the recorded backing image, or what the image held before.
     pub backing: Option<Lock<Box<dyn Layer>>>,
     /// The image exists already: what is around the written bytes stays.
     pub existing: bool,
@@ -36,7 +36,7 @@ pub(super) struct MappedTarget<P: Platform> {
 
 /// The order in which places are given out.
 #[derive(Default)]
-pub(super) struct Order {
+pub(in crate::ops) struct Order {
     turn: u64,
     waiting: BTreeMap<u64, Finished>,
 }
@@ -49,19 +49,20 @@ impl Order {
 }
 
 /// A chunk that is ready to be written.
-pub(super) struct Finished {
+pub(in crate::ops) struct Finished {
     pub bytes: Vec<u8>,
     pub pieces: Vec<Piece>,
 }
 
 /// A part of the disk that is written in one way.
-pub(super) struct Piece {
-    offset: u64,
-    len: u64,
-    kind: PieceKind,
+pub(in crate::ops) struct Piece {
+    pub offset: u64,
+    pub len: u64,
+    pub kind: PieceKind,
 }
 
-enum PieceKind {
+/// How a part of the disk is written.
+pub(in crate::ops) enum PieceKind {
     /// Plain bytes at this place of the buffer.
     Data { at: usize },
     /// A stream of `stored_len` bytes at this place of the buffer.
@@ -150,7 +151,12 @@ impl<P: Platform> MappedTarget<P> {
         }
         let start = bytes.len();
         bytes.resize(start + (whole - end) as usize, 0);
-        image.disk().read_at(end, &mut bytes[start..]).map_err(Fault::read(end))
+        let rest = &mut bytes[start..];
+        let read = match &self.backing {
+            Some(backing) => read_under(Some(&**backing.lock()), end, rest),
+            None => image.disk().read_at(end, rest),
+        };
+        read.map_err(Fault::read(end))
     }
 
     /// Does the source say anything of this unit (or does the backing image answer for all of it)?

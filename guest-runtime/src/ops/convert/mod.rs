@@ -12,7 +12,8 @@
 
 mod bitmaps;
 pub(in crate::ops) mod fill;
-mod mapped;
+pub(in crate::ops) mod mapped;
+mod part;
 pub(in crate::ops) mod plan;
 mod raw;
 mod target;
@@ -23,18 +24,24 @@ use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use instar_blockio::{BlockRead, Concat, Layer};
 use instar_codec::Encoder;
-use instar_guest_protocol::message::{Call, Cause, ConvertReply, ConvertRequest, Failure, Progress, Step, call};
+use instar_guest_protocol::message::{
+    Blocks, Call, Cause, ConvertReply, ConvertRequest, Failure, Progress, Step, call,
+};
 
 use self::fill::{Fault, Outcome, Scratch};
+use self::part::Part;
 use self::plan::{Chunk, Planner, Rules};
 use self::target::Target;
 use crate::chain::open_source;
+use crate::formats::TargetImage;
 use crate::lock::Lock;
 use crate::ops::failure::{block, failure};
 use crate::platform::Platform;
 
 /// Disks are whole sectors to qemu-img.
 const SECTOR: u64 = 512;
+/// Fewer bytes are not moved at once.
+const MIN_BLOCK: u64 = 64 << 10;
 
 /// Bytes between two reports of progress that is not shown, but may be asked for by a signal: some 15 ms of work.
 const HIDDEN_STEP: u64 = 64 << 20;
@@ -85,7 +92,11 @@ impl Counters {
 /// # Errors
 /// What the host makes its message of. The target is then incomplete and, if it was new, without a valid header.
 pub fn run<P: Platform>(platform: &P, request: &ConvertRequest) -> Result<ConvertReply, Failure> {
-    let source = join(open_sources(platform, request)?)?;
+    let source = open_sources(platform, request)?;
+    let (source, skipped_all) = match &request.blocks {
+        Some(blocks) => part(source, blocks)?,
+        None => (join(source)?, false),
+    };
     let bitmaps = bitmaps::find(platform, request)?;
     let size = source.size();
     let target = Target::prepare(platform, request, size)?;
@@ -97,7 +108,56 @@ pub fn run<P: Platform>(platform: &P, request: &ConvertRequest) -> Result<Conver
         virtual_size: size,
         copied: counters.copied.into_inner(),
         transformed: counters.transformed.into_inner(),
+        skipped_all,
     })
+}
+
+/// The part that `dd` copies, and whether nothing is left to be copied because too much is skipped. Blocks are counted from the
+/// beginning of the disk, those that are skipped included, as qemu-img does.
+fn part(mut layers: Vec<Box<dyn Layer>>, blocks: &Blocks) -> Result<(Box<dyn Layer>, bool), Failure> {
+    let source = layers.pop().filter(|_| layers.is_empty() && blocks.size > 0);
+    let source = source.ok_or_else(|| failure(Step::Open, Cause::BadRequest))?;
+    let end = blocks.count.and_then(|count| count.checked_mul(blocks.size)).unwrap_or(u64::MAX).min(source.size());
+    let start = blocks.skip.checked_mul(blocks.size).filter(|&start| start <= end);
+    let range = start.unwrap_or(end)..end;
+    if range == (0..source.size()) {
+        return Ok((join(alloc::vec![source])?, false));
+    }
+    let part = Part::new(source, range).map_err(|error| block(Step::Read, None, 0, error))?;
+    // Padded to whole sectors.
+    Ok((join(alloc::vec![Box::new(part)])?, start.is_none()))
+}
+
+/// How much at once, and what is heard of it.
+pub(super) struct Pace {
+    /// vCPUs to use.
+    pub threads: u32,
+    /// Send progress.
+    pub progress: bool,
+    /// Upper bound of bytes per second, 0 for none.
+    pub rate_limit: u64,
+}
+
+/// Writes what `source` allocates into an image below it, which is complete and durable afterwards. `under` is the disk of that image
+/// as it was before, with everything below.
+pub(super) fn into_image_below<P: Platform>(
+    platform: &P,
+    source: Box<dyn Layer>,
+    image: TargetImage<P>,
+    under: Box<dyn Layer>,
+    pace: &Pace,
+) -> Result<(), Failure> {
+    let request = ConvertRequest {
+        sparse_bytes: SECTOR,
+        threads: pace.threads,
+        progress: pace.progress,
+        rate_limit: pace.rate_limit,
+        flush: true,
+        ..ConvertRequest::default()
+    };
+    let target = Target::below(image, under);
+    Job::new(platform, &request, source, &target).run()?;
+    target.finish(platform, None, request.flush)
 }
 
 fn open_sources<P: Platform>(platform: &P, request: &ConvertRequest) -> Result<Vec<Box<dyn Layer>>, Failure> {
@@ -159,7 +219,12 @@ impl<'a, P: Platform> Job<'a, P> {
         // A line that nobody sees is kept up to date at a price that nobody notices.
         let step = if request.progress { total / 100 } else { HIDDEN_STEP.max(total / 100) };
         let progress = ProgressReport { total, done: AtomicU64::new(0), told: Lock::new(0), paced, step };
-        let rules = Rules { allocate_all: sparse.allocate_all(), ..target.rules() };
+        let mut rules = Rules { allocate_all: sparse.allocate_all(), ..target.rules() };
+        if let Some(blocks) = &request.blocks {
+            // Clusters are taken as by writes of a block each.
+            let block = blocks.size.checked_next_power_of_two().unwrap_or(rules.chunk);
+            rules.chunk = block.clamp(rules.unit.max(MIN_BLOCK), rules.chunk);
+        }
         Self {
             platform,
             planner: Lock::new(Planner::new(source, rules)),

@@ -10,12 +10,14 @@ use super::{Counters, Sparse};
 use crate::platform::{Io, Platform};
 
 /// The file that is written.
-pub(super) struct RawTarget {
+pub(in crate::ops) struct RawTarget {
     pub file: FileId,
     /// Where in it the disk begins.
     pub base: u64,
     /// Areas that nobody writes read as zero.
     pub zero_init: bool,
+    /// What the source does not allocate stays as it is.
+    pub keeps_unallocated: bool,
 }
 
 impl RawTarget {
@@ -32,7 +34,8 @@ impl RawTarget {
         let mut batch = Batch::default();
         // What the host can do by itself.
         let direct = |extent: &Extent| !matches!(extent.kind, ExtentKind::Compressed(_));
-        for extent in chunk.extents.iter().filter(|extent| direct(extent)) {
+        let stays = |extent: &Extent| self.keeps_unallocated && extent.kind == ExtentKind::Unallocated;
+        for extent in chunk.extents.iter().filter(|extent| direct(extent) && !stays(extent)) {
             batch.push(extent.offset, self.direct_request(extent, sparse, counters));
         }
         if chunk.extents.iter().all(direct) {
@@ -84,7 +87,7 @@ impl RawTarget {
 }
 
 /// Neighbouring wanted runs as `(offset, len)`.
-pub(super) fn spans(extents: &[Extent], wanted: impl Fn(&Extent) -> bool) -> Vec<(u64, u64)> {
+pub(in crate::ops) fn spans(extents: &[Extent], wanted: impl Fn(&Extent) -> bool) -> Vec<(u64, u64)> {
     let mut found: Vec<(u64, u64)> = Vec::new();
     for extent in extents.iter().filter(|extent| wanted(extent)) {
         match found.last_mut() {

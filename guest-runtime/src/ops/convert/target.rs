@@ -2,7 +2,7 @@
 
 use alloc::boxed::Box;
 
-use instar_blockio::{Error, FileId};
+use instar_blockio::{Error, FileId, Layer};
 use instar_codec::Encoder;
 use instar_guest_protocol::message::{Cause, ConvertRequest, Failure, Step};
 
@@ -22,7 +22,7 @@ const CHUNK: u64 = 2 << 20;
 const RAW_CHUNK: u64 = 4 << 20;
 
 /// Where the data goes.
-pub(super) enum Target<P: Platform> {
+pub(in crate::ops) enum Target<P: Platform> {
     /// A disk in one piece.
     Raw(RawTarget, Option<Lock<Completion<P>>>),
     /// An image with an allocation table.
@@ -56,7 +56,10 @@ impl<P: Platform> Target<P> {
     fn flat(request: &ConvertRequest, image: FlatImage<P>) -> Self {
         let fresh = !request.target.existing && !image.block_device;
         let zero_init = fresh || request.target_is_zero;
-        Self::Raw(RawTarget { file: image.file, base: image.base, zero_init }, image.completion.map(Lock::new))
+        Self::Raw(
+            RawTarget { file: image.file, base: image.base, zero_init, keeps_unallocated: false },
+            image.completion.map(Lock::new),
+        )
     }
 
     fn mapped(platform: &P, request: &ConvertRequest, image: Box<dyn MappedImage<P>>) -> Result<Self, Failure> {
@@ -88,12 +91,31 @@ impl<P: Platform> Target<P> {
         })))
     }
 
+    /// An existing image that takes what a layer above it allocates. `under` is its disk as it was before, with everything below.
+    pub fn below(image: TargetImage<P>, under: Box<dyn Layer>) -> Self {
+        match image {
+            TargetImage::Flat(image) => {
+                let raw = RawTarget { file: image.file, base: image.base, zero_init: false, keeps_unallocated: true };
+                Self::Raw(raw, image.completion.map(Lock::new))
+            }
+            TargetImage::Mapped(image) => Self::Mapped(Box::new(MappedTarget {
+                unit: image.disk().alloc_unit(),
+                image: Lock::new(image),
+                backing: Some(Lock::new(under)),
+                existing: true,
+                zero_init: false,
+                compress: None,
+                order: Lock::default(),
+            })),
+        }
+    }
+
     /// How the disk is cut for this target.
     pub fn rules(&self) -> Rules {
         match self {
             Self::Raw(raw, _) => Rules {
                 zero_init: raw.zero_init,
-                skip_unallocated: false,
+                skip_unallocated: raw.keeps_unallocated,
                 allocate_all: false,
                 unit: 1,
                 chunk: RAW_CHUNK,
