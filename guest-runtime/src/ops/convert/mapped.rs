@@ -73,7 +73,7 @@ pub(in crate::ops) enum PieceKind {
 
 impl<P: Platform> MappedTarget<P> {
     /// Reads a chunk. Nothing needs reading where all of it is zero.
-    pub fn read(
+    pub(super) fn read(
         &self,
         platform: &P,
         chunk: &Chunk,
@@ -96,7 +96,7 @@ impl<P: Platform> MappedTarget<P> {
     }
 
     /// Cuts the bytes of a chunk into pieces, compressed where asked for.
-    pub fn transform(
+    pub(super) fn transform(
         &self,
         chunk: &Chunk,
         sparse: &Sparse,
