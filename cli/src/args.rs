@@ -92,6 +92,21 @@ pub enum Key {
     SourceFile,
     SourceFormat,
     Force,
+    Shrink,
+    Preallocation,
+    Drop,
+    Base,
+    Count,
+    Depth,
+    Offset,
+    BufferSize,
+    StepSize,
+    Aio,
+    Native,
+    Write,
+    Pattern,
+    FlushInterval,
+    NoDrain,
 }
 
 impl Opt {

@@ -41,8 +41,27 @@ impl Edit<'_> {
         request: impl FnOnce(Source, Option<Source>) -> Operation,
         progress: &mut dyn FnMut(&Progress),
     ) -> Result<Result<EditReply, Failure>, Problem> {
+        struct Told<'a>(&'a mut dyn FnMut(&Progress));
+        impl Attendant for Told<'_> {
+            fn progress(&mut self, progress: &Progress) {
+                (self.0)(progress);
+            }
+        }
         // Flushes wait for storage, which may be slow.
-        let mut machine = Vm::spawn(guest::EDIT, &self.settings.limits, Work::Data(1))?;
+        self.run_attended(1, request, &mut Told(progress))
+    }
+
+    /// The same by so many vCPUs, with `attendant` to serve the guest beside.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn run_attended(
+        &self,
+        vcpus: u32,
+        request: impl FnOnce(Source, Option<Source>) -> Operation,
+        attendant: &mut dyn Attendant,
+    ) -> Result<Result<EditReply, Failure>, Problem> {
+        let mut machine = Vm::spawn(guest::EDIT, &self.settings.limits, Work::Data(vcpus))?;
         let mut files = Files::new(self.settings.confinement()?);
         let device = self.open(&mut files, &mut machine).map_err(|problem| unopened(self.image, problem))?;
         let read = Access { purpose: Purpose::Read, force_share: self.force_share };
@@ -53,22 +72,22 @@ impl Edit<'_> {
         let other = other.transpose()?;
         let source = self.settings.source(device, self.image.format);
         let operation = request(source, other.map(|(device, spec)| self.settings.source(device, spec.format)));
-        let mut host = EditHost { files, access: read, progress };
+        let mut host = EditHost { files, access: read, attendant };
         let result = sandbox::run(&mut machine, &Request { operation: Some(operation) }, &mut host)?;
-        let files = host.files;
+        let files = &host.files;
         match result {
             reply::Result::Edit(reply) => {
                 self.warn_of_raw(reply.format());
                 Ok(Ok(reply))
             }
-            reply::Result::Failure(failure) if failure.step() == Step::Edit => {
+            reply::Result::Failure(failure) if is_of_work(failure.step()) => {
                 self.warn_of_raw(failure.format());
                 Ok(Err(failure))
             }
             reply::Result::Failure(failure) => {
-                let (device, problem) = opening(&files, &failure);
+                let (device, problem) = opening(files, &failure);
                 let spec = other.filter(|(other, _)| *other == device).map_or(self.image, |(_, spec)| spec);
-                Err(unopened(spec, problem))
+                Err(host.attendant.unopened(device, &problem).unwrap_or_else(|| unopened(spec, problem)))
             }
             _ => Err(Problem::new("The sandboxed parser sent something that makes no sense")),
         }
@@ -109,25 +128,56 @@ fn opening(files: &Files, failure: &Failure) -> (u32, Problem) {
     files.seen_from_the_top(failure.device.unwrap_or_default(), messages::open_failure(failure))
 }
 
+/// Steps at which everything is open.
+fn is_of_work(step: Step) -> bool {
+    matches!(step, Step::Edit | Step::ReadMetadata | Step::ReadOld | Step::ReadNew | Step::Write | Step::Empty)
+}
+
+/// What a command does for the guest, beside opening what images name.
+pub trait Attendant {
+    /// Opens a file that the operator named, in a role of its own; `None` if it is not granted.
+    fn open(&mut self, files: &mut Files, machine: &mut dyn Machine, wanted: &OpenFile) -> Option<Granted> {
+        let _ = (files, machine, wanted);
+        None
+    }
+
+    /// What is said if an image of the operator's can't be opened; `None`: as usual.
+    fn unopened(&self, device: u32, problem: &Problem) -> Option<Problem> {
+        let _ = (device, problem);
+        None
+    }
+
+    /// Takes note of progress.
+    fn progress(&mut self, progress: &Progress);
+
+    /// Takes note of progress, and delays the work to keep a rate.
+    fn pace(&mut self, progress: &Progress) {
+        let _ = progress;
+    }
+}
+
 struct EditHost<'a> {
     files: Files,
     access: Access,
-    progress: &'a mut dyn FnMut(&Progress),
+    attendant: &'a mut dyn Attendant,
 }
 
 impl Host for EditHost<'_> {
     fn open(&mut self, machine: &mut dyn Machine, wanted: &OpenFile) -> Option<Granted> {
         match wanted.role() {
             FileRole::Target | FileRole::TargetData => None,
+            FileRole::NewBacking | FileRole::CommitBase => self.attendant.open(&mut self.files, machine, wanted),
             _ => self.files.open_embedded(machine, wanted, self.access),
         }
     }
 
     fn progress(&mut self, progress: &Progress) {
-        (self.progress)(progress);
+        self.attendant.progress(progress);
     }
 
-    fn pace(&mut self, _: &Progress) {}
+    fn pace(&mut self, progress: &Progress) {
+        self.attendant.pace(progress);
+    }
 
     fn warning(&mut self, _: &Failure) {}
 }

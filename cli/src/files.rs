@@ -9,7 +9,7 @@ use instar_guest_protocol::message::{FileRole, Format, OpenFile};
 use crate::confine::Confinement;
 use crate::image_opts::ImageSpec;
 use crate::lock::Purpose;
-use crate::open::{Opened, Stat, join_name, open_to_read, open_to_write};
+use crate::open::{Opened, Stat, join_name, open_to_read, open_to_write, reopen_to_write};
 use crate::problem::{Problem, printable};
 use crate::sandbox::{Granted, Machine};
 
@@ -129,6 +129,19 @@ impl Files {
     /// # Errors
     /// The message, without `Could not open 'F'` around it.
     pub fn open_named(&mut self, machine: &mut dyn Machine, spec: &ImageSpec, access: Access) -> Result<u32, Problem> {
+        Ok(self.grant_image(machine, spec, access)?.device)
+    }
+
+    /// The same, as the guest is told of it.
+    ///
+    /// # Errors
+    /// As [`open_named`](Self::open_named).
+    pub fn grant_image(
+        &mut self,
+        machine: &mut dyn Machine,
+        spec: &ImageSpec,
+        access: Access,
+    ) -> Result<Granted, Problem> {
         let file = match &spec.nbd {
             Some(address) => Opened::of_nbd(address)?,
             None => open_to_read(Path::new(&spec.file))?,
@@ -148,7 +161,7 @@ impl Files {
             Some(address) => Opened::of_nbd(address)?,
             None => open_to_write(Path::new(&spec.file))?,
         };
-        self.grant_named(machine, spec, Access { purpose: Purpose::Write, force_share: false }, file, true)
+        Ok(self.grant_named(machine, spec, Access { purpose: Purpose::Write, force_share: false }, file, true)?.device)
     }
 
     fn grant_named(
@@ -158,7 +171,7 @@ impl Files {
         access: Access,
         mut file: Opened,
         writable: bool,
-    ) -> Result<u32, Problem> {
+    ) -> Result<Granted, Problem> {
         let lock_problem = match access.force_share || spec.force_share {
             true => None,
             false => take_locks(&mut file, access.purpose, spec.format, &spec.file)?,
@@ -173,7 +186,7 @@ impl Files {
         file.stat.len = granted.len;
         let record = Record { name: spec.file.clone(), file, origin: Origin::Operator, home, depth: 1, lock_problem };
         self.records.insert(granted.device, record);
-        Ok(granted.device)
+        Ok(granted)
     }
 
     /// Opens and grants what an image names, within the confinement; remembers why if it doesn't.
@@ -230,6 +243,33 @@ impl Files {
         file.stat.len = granted.len;
         self.records.insert(granted.device, Record { name, file, origin, home: confined.dir, depth, lock_problem });
         Ok(granted)
+    }
+
+    /// Opens and grants a backing image that is to be written, within the confinement. `None` if it can't be opened at all: that is told
+    /// when it is asked for to be read.
+    pub fn open_base(&mut self, machine: &mut dyn Machine, wanted: &OpenFile) -> Option<Result<Granted, Problem>> {
+        let referrer = self.records.get(&wanted.referrer)?;
+        let name = join_name(&referrer.name, &String::from_utf8_lossy(&wanted.name));
+        let shown = printable(name.as_bytes());
+        let depth = referrer.depth + 1;
+        let confined = self.confinement.open(&referrer.home, &wanted.name, &shown).ok()?;
+        if depth > MAX_CHAIN_DEPTH || self.is_ancestor(wanted.referrer, confined.stat.identity) {
+            return None;
+        }
+        let mut written = || {
+            let fd = reopen_to_write(&confined.fd).map_err(|errno| Problem::file("reopen", &shown, errno))?;
+            let mut file = Opened::new(fd, confined.stat);
+            file.lock(Purpose::Write, &shown)?;
+            let granted = file.grant(machine, true)?;
+            file.stat.len = granted.len;
+            Ok((file, granted))
+        };
+        Some(written().map(|(file, granted)| {
+            let origin = Origin::Backing(wanted.referrer);
+            let record = Record { name, file, origin, home: confined.dir, depth, lock_problem: None };
+            self.records.insert(granted.device, record);
+            granted
+        }))
     }
 
     /// Is the file one of the images on the way from the operator's image to `device`?

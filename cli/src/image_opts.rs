@@ -59,6 +59,17 @@ impl ImageSpec {
         }
     }
 
+    /// An image by file name, with its format if given.
+    ///
+    /// # Errors
+    /// The message, without `Could not open 'F'` around it.
+    pub fn of_new_backing(name: &str, format: Option<&str>) -> Result<Self, Problem> {
+        match name.strip_prefix("json:") {
+            Some(_) => Self::of_file(name, format),
+            None => Self::plain(name, format),
+        }
+    }
+
     /// An image by `--image-opts`.
     ///
     /// # Errors

@@ -25,6 +25,7 @@ mod nbd;
 mod open;
 mod options;
 mod output;
+mod pace;
 mod problem;
 mod program;
 mod query;

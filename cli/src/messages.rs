@@ -2,6 +2,7 @@
 
 pub mod edit;
 mod legacy;
+pub mod motion;
 
 use instar_guest_protocol::message::{BitmapFault, Cause, Failure, Field, Format, OptionError, Step};
 

@@ -1,6 +1,6 @@
 //! Opening the files that the operator names, and what is kept of every open file.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use instar_vmm::NbdExport;
@@ -196,6 +196,15 @@ pub fn open_to_read(path: &Path) -> Result<Opened, Problem> {
 /// As [`open_to_read`].
 pub fn open_to_write(path: &Path) -> Result<Opened, Problem> {
     open_existing(path, OFlags::RDWR)
+}
+
+/// The same file as an open one, for writing.
+///
+/// # Errors
+/// As `open`.
+pub fn reopen_to_write(file: &OwnedFd) -> Result<OwnedFd, Errno> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    openat(CWD, path, OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOCTTY, Mode::empty())
 }
 
 fn open_existing(path: &Path, mode: OFlags) -> Result<Opened, Problem> {

@@ -3,6 +3,7 @@
 use instar_guest_protocol::message::Format;
 
 use crate::creation::Creatable;
+use crate::problem::Problem;
 use crate::size::{self, SizeError};
 
 /// The kind of value that an option takes.
@@ -130,7 +131,7 @@ impl Options {
     ///
     /// # Errors
     /// The message of the first bad element.
-    pub fn parse(format: Creatable, list: &OptionList) -> Result<Self, crate::problem::Problem> {
+    pub fn parse(format: Creatable, list: &OptionList) -> Result<Self, Problem> {
         Self::parse_by(format, list, &|key| all(format).find(|spec| spec.name == key))
     }
 
@@ -138,11 +139,7 @@ impl Options {
     ///
     /// # Errors
     /// The message of the first bad element.
-    pub fn parse_changes(
-        format: Creatable,
-        specs: &'static [Spec],
-        list: &OptionList,
-    ) -> Result<Self, crate::problem::Problem> {
+    pub fn parse_changes(format: Creatable, specs: &'static [Spec], list: &OptionList) -> Result<Self, Problem> {
         Self::parse_by(format, list, &|key| specs.iter().find(|spec| spec.name == key))
     }
 
@@ -150,7 +147,7 @@ impl Options {
         format: Creatable,
         list: &OptionList,
         find: &dyn Fn(&str) -> Option<&'static Spec>,
-    ) -> Result<Self, crate::problem::Problem> {
+    ) -> Result<Self, Problem> {
         let mut options = Self { format, values: Vec::new() };
         for (key, value) in list.elements() {
             let (key, value) = match (value, key.strip_prefix("no")) {
@@ -159,7 +156,7 @@ impl Options {
                 (None, None) => (key.as_str(), "on".to_owned()),
             };
             let Some(spec) = find(key) else {
-                let problem = crate::problem::Problem::new(format!("Invalid parameter '{key}'"));
+                let problem = Problem::new(format!("Invalid parameter '{key}'"));
                 return Err(match format.options.iter().any(|spec| spec.name == key) {
                     true => problem.with_hint("This option is only supported for image creation"),
                     false => problem,
@@ -243,8 +240,7 @@ impl Options {
     }
 }
 
-fn parse_value(spec: &Spec, text: String) -> Result<Value, crate::problem::Problem> {
-    use crate::problem::Problem;
+fn parse_value(spec: &Spec, text: String) -> Result<Value, Problem> {
     let name = spec.name;
     match spec.kind {
         Kind::Text => Ok(Value::Text(text)),
@@ -253,21 +249,31 @@ fn parse_value(spec: &Spec, text: String) -> Result<Value, crate::problem::Probl
             "off" | "no" | "false" | "n" => Ok(Value::Switch(text, false)),
             _ => Err(Problem::new(format!("Parameter '{name}' expects 'on' or 'off'"))),
         },
-        Kind::Size => match size::parse(&text) {
-            Ok(size) => Ok(Value::Size(size)),
-            Err(SizeError::OutOfRange) => {
-                Err(Problem::new(format!("Value '{text}' is out of range for parameter '{name}'")))
-            }
-            Err(SizeError::Malformed) => Err(Problem::new(format!(
-                "Parameter '{name}' expects a non-negative number below 2^64"
-            ))
-            .with_hint("Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively.")),
-        },
+        Kind::Size => parse_size(name, &text).map(Value::Size),
         Kind::Number => match parse_number(&text) {
             Some(Some(number)) => Ok(Value::Number(text, number)),
             Some(None) => Err(Problem::new(format!("Value '{text}' is too large for parameter '{name}'"))),
             None => Err(Problem::new(format!("Parameter '{name}' expects a number"))),
         },
+    }
+}
+
+/// The value of a size parameter.
+///
+/// # Errors
+/// The message.
+pub fn parse_size(name: &str, text: &str) -> Result<u64, Problem> {
+    match size::parse(text) {
+        Ok(size) => Ok(size),
+        Err(SizeError::OutOfRange) => {
+            Err(Problem::new(format!("Value '{text}' is out of range for parameter '{name}'")))
+        }
+        Err(SizeError::Malformed) => Err(Problem::new(format!(
+            "Parameter '{name}' expects a non-negative number below 2^64"
+        ))
+        .with_hint(
+            "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively.",
+        )),
     }
 }
 

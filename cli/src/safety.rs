@@ -153,7 +153,11 @@ fn role_name(role: FileRole) -> &'static str {
         FileRole::Backing => "backing file",
         FileRole::Data => "data file",
         FileRole::Extent => "extent",
-        FileRole::Target | FileRole::TargetData | FileRole::Unspecified => "file",
+        FileRole::Target
+        | FileRole::TargetData
+        | FileRole::NewBacking
+        | FileRole::CommitBase
+        | FileRole::Unspecified => "file",
     }
 }
 

@@ -62,6 +62,13 @@ pub enum Work {
 }
 
 impl Limits {
+    /// vCPUs for work on data: as many as wanted, or as the machine has, but not more than qemu-img has requests under way.
+    pub fn vcpus(&self) -> u32 {
+        const MOST: usize = 8;
+        let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get().min(MOST));
+        self.threads.unwrap_or(cpus as u32)
+    }
+
     fn settings(&self, work: Work) -> Settings {
         let (vcpus, stall, vectors) = match work {
             Work::Metadata => (1, STALL, false),

@@ -1,10 +1,9 @@
 //! `convert`.
 
 use std::thread;
-use std::time::{Duration, Instant};
 
 use instar_guest_protocol::message::{
-    Backing, Cause, ConvertRequest, Failure, FileRole, Format, OpenFile, Preallocation, Progress, Request,
+    Backing, Blocks, Cause, ConvertRequest, Failure, FileRole, Format, OpenFile, Preallocation, Progress, Request,
     SnapshotSelector, Source, Step, Target, reply, request,
 };
 
@@ -17,7 +16,8 @@ use crate::image_opts::ImageSpec;
 use crate::lock::Purpose;
 use crate::open::{Opened, join_name};
 use crate::options::{self, OptionList, Options, split};
-use crate::output::progress::ProgressLine;
+use crate::output::progress::{ProgressLine, Show};
+use crate::pace::Pace;
 use crate::problem::Problem;
 use crate::program::{Fail, Outcome, Program, print};
 use crate::sandbox::{self, Granted, Host, Limits, Machine, Vm, Work};
@@ -90,6 +90,8 @@ struct Arguments {
     progress: bool,
     quiet: bool,
     objects: Objects,
+    /// `dd` copies a part.
+    blocks: Option<Blocks>,
 }
 
 impl Arguments {
@@ -226,6 +228,43 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
     Ok(())
 }
 
+/// Runs `dd`: a part of an image into a new one, nothing left out.
+///
+/// # Errors
+/// What the user is told.
+pub fn copy_blocks(program: &Program, settings: &Settings, copy: BlockCopy) -> Outcome {
+    let arguments = Arguments {
+        format: copy.format,
+        image_opts: copy.image_opts,
+        target_format: copy.target_format,
+        force_share: copy.force_share,
+        sparse_size: Some(0),
+        blocks: Some(copy.blocks),
+        ..Arguments::default()
+    };
+    let mut progress = ProgressLine::start(Show::Nothing);
+    convert(program, settings, &arguments, &[copy.source], &copy.target, &mut progress)
+}
+
+/// What `dd` is to do.
+#[derive(Debug, Default)]
+pub struct BlockCopy {
+    /// `-f`.
+    pub format: Option<String>,
+    /// `--image-opts`.
+    pub image_opts: bool,
+    /// `-O`.
+    pub target_format: Option<String>,
+    /// `-U`.
+    pub force_share: bool,
+    /// `if=`.
+    pub source: String,
+    /// `of=`.
+    pub target: String,
+    /// Which part.
+    pub blocks: Blocks,
+}
+
 fn convert(
     program: &Program,
     settings: &Settings,
@@ -279,6 +318,7 @@ fn convert(
         progress: progress.is_visible(),
         rate_limit: arguments.rate,
         flush: arguments.flushes(),
+        blocks: arguments.blocks.clone(),
     });
     let mut host = ConvertHost {
         program,
@@ -291,13 +331,18 @@ fn convert(
         late,
         existing: None,
         progress,
-        pace: Pace { rate: arguments.rate, since: Instant::now() },
+        pace: Pace::start(arguments.rate),
     };
     let result = sandbox::run(&mut machine, &Request { operation: Some(operation) }, &mut host);
     // The machine goes first: nothing may write a file that is removed.
     drop(machine);
     match result? {
-        reply::Result::Convert(_) => {
+        reply::Result::Convert(reply) => {
+            if reply.skipped_all
+                && let Some(spec) = sources.first()
+            {
+                program.report(&Fail::from(format!("{}: cannot skip to specified offset", spec.given)), None);
+            }
             let format = host.plan.as_ref().ok().map(|plan| plan.format);
             if let Ok(Plan { new: Some(new), .. }) = host.plan {
                 new.complete();
@@ -340,6 +385,8 @@ struct Plan {
     existing: Option<ImageSpec>,
     /// The backing image that it gets.
     backing: Option<ImageSpec>,
+    /// It is made by `dd`.
+    is_dd: bool,
 }
 
 impl Plan {
@@ -376,11 +423,24 @@ impl Plan {
             format => format,
         };
         let wire = Target { format: format.into(), existing: true, seed: seed(), ..Target::default() };
-        Ok(Self { given: target.to_owned(), format, wire, new: None, early: None, existing: Some(spec), backing: None })
+        Ok(Self {
+            given: target.to_owned(),
+            format,
+            wire,
+            new: None,
+            early: None,
+            existing: Some(spec),
+            backing: None,
+            is_dd: false,
+        })
     }
 
     fn of_new(arguments: &Arguments, source_count: usize, target: &str) -> Result<Self, Problem> {
         let name = arguments.target_format();
+        let is_dd = arguments.blocks.is_some();
+        if is_dd && formats::driver(name).is_none() {
+            return Err(Problem::new("Unknown file format"));
+        }
         let kind = creatable(name)?;
         let format = kind.format;
         let mut options = Options::parse(kind, &arguments.options)?;
@@ -428,27 +488,14 @@ impl Plan {
         });
         let wire = Target { backing: recorded, ..layout.wire };
         let early = layout.early;
-        Ok(Self { given: target.to_owned(), format, wire, new: Some(new), early, existing: None, backing })
+        Ok(Self { given: target.to_owned(), format, wire, new: Some(new), early, existing: None, backing, is_dd })
     }
 
     /// Puts a problem with creating the target into words.
     fn creating(&self, problem: Problem) -> Problem {
-        problem.within(format!("{}: error while converting {}", self.given, formats::name(self.format)))
-    }
-}
-
-/// Keeps the rate that `-r` sets.
-struct Pace {
-    /// Bytes per second.
-    rate: u64,
-    since: Instant,
-}
-
-impl Pace {
-    fn keep(&self, done: u64) {
-        if self.rate > 0 {
-            let due = Duration::try_from_secs_f64(done as f64 / self.rate as f64).unwrap_or(Duration::MAX);
-            thread::sleep(due.saturating_sub(self.since.elapsed()));
+        match self.is_dd {
+            true => problem.within(format!("{}: error while creating output image", self.given)),
+            false => problem.within(format!("{}: error while converting {}", self.given, formats::name(self.format))),
         }
     }
 }

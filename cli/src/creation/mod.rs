@@ -114,7 +114,7 @@ fn is_negative(size: u64) -> bool {
 }
 
 /// The mode of that name.
-fn preallocation(word: &str) -> Option<Preallocation> {
+pub fn preallocation(word: &str) -> Option<Preallocation> {
     Some(match word {
         "off" => Preallocation::Off,
         "metadata" => Preallocation::Metadata,

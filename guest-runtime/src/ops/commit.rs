@@ -41,7 +41,8 @@ pub fn run<P: Platform>(platform: &P, request: &CommitRequest) -> Result<EditRep
     let source: Box<dyn Layer> = Box::new(Overlay::new(layers));
     let (target, under) = base.prepare(platform, &*source, request.flush).map_err(of_format)?;
     let pace = Pace { threads: request.threads, progress: request.progress, rate_limit: request.rate_limit };
-    into_image_below(platform, source, target, under, &pace).map_err(of_format)?;
+    let worked = into_image_below(platform, source, target, under, &pace);
+    worked.map_err(|failure| of_format(Failure { step: Step::Edit.into(), ..failure }))?;
     if !request.keep && format == Format::Qcow2 {
         empty(platform, device, request.flush).map_err(of_format)?;
     }
