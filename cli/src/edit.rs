@@ -165,7 +165,7 @@ struct EditHost<'a> {
 impl Host for EditHost<'_> {
     fn open(&mut self, machine: &mut dyn Machine, wanted: &OpenFile) -> Option<Granted> {
         match wanted.role() {
-            FileRole::Target | FileRole::TargetData => None,
+            FileRole::Target | FileRole::TargetData | FileRole::TargetExtent => None,
             FileRole::NewBacking | FileRole::CommitBase => self.attendant.open(&mut self.files, machine, wanted),
             _ => self.files.open_embedded(machine, wanted, self.access),
         }

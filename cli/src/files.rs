@@ -22,6 +22,8 @@ pub enum Origin {
     Backing(u32),
     /// The image on that device, as its external data file.
     Data(u32),
+    /// The image on that device, as a part of it.
+    Extent(u32),
 }
 
 /// A granted file.
@@ -216,6 +218,7 @@ impl Files {
         let origin = match wanted.role() {
             FileRole::Backing => Origin::Backing(wanted.referrer),
             FileRole::Data => Origin::Data(wanted.referrer),
+            FileRole::Extent => Origin::Extent(wanted.referrer),
             _ => return Err(Problem::new("The sandbox asked for a file of an unknown kind")),
         };
         if wanted.writable {
@@ -229,7 +232,8 @@ impl Files {
         if referrer.depth >= MAX_CHAIN_DEPTH {
             return Err(Problem::new(format!("The backing chain is longer than {MAX_CHAIN_DEPTH} images")));
         }
-        let depth = referrer.depth + 1;
+        // Parts make no chain longer.
+        let depth = referrer.depth + usize::from(wanted.role() != FileRole::Extent);
         let confined = self.confinement.open(&referrer.home, &wanted.name, shown)?;
         if self.is_ancestor(wanted.referrer, confined.stat.identity) {
             return Err(Problem::new(format!("The image refers to itself by way of '{shown}'")));
@@ -281,7 +285,7 @@ impl Files {
             }
             at = match record.origin {
                 Origin::Operator => None,
-                Origin::Backing(of) | Origin::Data(of) => Some(of),
+                Origin::Backing(of) | Origin::Data(of) | Origin::Extent(of) => Some(of),
             };
         }
         false
@@ -294,7 +298,7 @@ impl Files {
         while let Some(record) = self.records.get(&device) {
             match record.origin {
                 Origin::Operator => break,
-                Origin::Data(of) => device = of,
+                Origin::Data(of) | Origin::Extent(of) => device = of,
                 Origin::Backing(of) => {
                     problem = problem.within("Could not open backing file");
                     device = of;

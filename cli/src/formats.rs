@@ -24,6 +24,7 @@ pub fn driver(name: &str) -> Option<Driver> {
             | Format::Qcow
             | Format::Qed
             | Format::Vdi
+            | Format::Vmdk
             | Format::Parallels
             | Format::Dmg
             | Format::Bochs

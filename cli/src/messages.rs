@@ -3,6 +3,7 @@
 pub mod edit;
 mod legacy;
 pub mod motion;
+mod vmdk;
 
 use instar_guest_protocol::message::{BitmapFault, Cause, Failure, Field, Format, OptionError, Step};
 
@@ -29,6 +30,7 @@ pub fn open_failure(failure: &Failure) -> Problem {
             None => format!("Image is not in {format} format"),
         },
         Cause::FormatFault => return legacy::format_fault(failure),
+        Cause::VmdkFault => return vmdk::fault(failure),
         Cause::FormatNotSupported => not_provided(failure.format()),
         Cause::HeaderTooShort => "qcow2 header too short".to_owned(),
         Cause::UnsupportedVersion => format!("Unsupported {format} version {}", failure.value),

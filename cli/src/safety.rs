@@ -155,6 +155,7 @@ fn role_name(role: FileRole) -> &'static str {
         FileRole::Extent => "extent",
         FileRole::Target
         | FileRole::TargetData
+        | FileRole::TargetExtent
         | FileRole::NewBacking
         | FileRole::CommitBase
         | FileRole::Unspecified => "file",

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::cleanup::Leftovers;
 use crate::creation::Layout;
+use crate::creation::vmdk::ExtentFiles;
 use crate::files::Files;
 use crate::image_opts::ImageSpec;
 use crate::lock::Purpose;
@@ -19,6 +20,9 @@ pub struct NewTarget {
     given: String,
     path: PathBuf,
     data_file: Option<String>,
+    extent_files: Option<ExtentFiles>,
+    /// Extent files that were made.
+    extent_count: usize,
     late: Option<Problem>,
     files: Vec<Opened>,
     leftovers: Leftovers,
@@ -36,6 +40,8 @@ impl NewTarget {
             given: given.to_owned(),
             path,
             data_file: layout.data_file.clone(),
+            extent_files: layout.extent_files,
+            extent_count: 0,
             late: layout.late.clone(),
             files: Vec::new(),
             leftovers: Leftovers::default(),
@@ -67,6 +73,20 @@ impl NewTarget {
     pub fn open_data(&mut self, machine: &mut dyn Machine, sources: &Files) -> Result<Granted, Problem> {
         let name = self.data_file.take();
         let name = name.ok_or_else(|| Problem::new("The sandbox asked for a data file that is not wanted"))?;
+        self.create(Path::new(&name), &name, sources)?;
+        self.grant(machine)
+    }
+
+    /// Creates and grants the next extent file, which must be none of the `sources`. Its name is composed here: the guest has no say
+    /// in it.
+    ///
+    /// # Errors
+    /// The message, without the target's name before it.
+    pub fn open_extent(&mut self, machine: &mut dyn Machine, sources: &Files) -> Result<Granted, Problem> {
+        let path = self.path.to_string_lossy().into_owned();
+        let name = self.extent_files.and_then(|files| files.name(&path, self.extent_count));
+        let name = name.ok_or_else(|| Problem::new("The sandbox asked for an extent that is not wanted"))?;
+        self.extent_count += 1;
         self.create(Path::new(&name), &name, sources)?;
         self.grant(machine)
     }

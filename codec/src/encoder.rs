@@ -36,7 +36,20 @@ impl Encoder {
     /// # Errors
     /// [`Error::OutOfMemory`], or [`Error::Unsupported`] for a codec that is not handled.
     pub fn encode(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<Option<usize>> {
-        let limit = input.len().saturating_sub(1);
+        self.encode_within(input, input.len().saturating_sub(1), out)
+    }
+
+    /// As [`encode`](Self::encode), but appends the stream also where it is longer than `input`.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn encode_always(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<usize> {
+        // More than any of the codecs adds to what does not shrink.
+        let limit = input.len().saturating_add(input.len() / 16).saturating_add(1024);
+        self.encode_within(input, limit, out)?.ok_or(Error::OutOfMemory)
+    }
+
+    fn encode_within(&mut self, input: &[u8], limit: usize, out: &mut Vec<u8>) -> Result<Option<usize>> {
         match &mut self.state {
             State::Deflate(deflate) => deflate.append(input, limit, out),
             State::Zstd(compress) => {

@@ -683,6 +683,9 @@ pub struct Target {
     /// Random bytes for the identifiers of what is made or changed; the guest has no randomness of its own.
     #[prost(bytes = "vec", tag = "31")]
     pub seed: Vec<u8>,
+    /// VMDK creation options.
+    #[prost(message, optional, tag = "40")]
+    pub vmdk: Option<VmdkOptions>,
 }
 
 /// A backing image to record in a new image.
@@ -748,6 +751,35 @@ pub struct VdiOptions {
     /// UUIDs of the image and of its last change, 16 bytes each; the guest has no randomness of its own.
     #[prost(bytes = "vec", tag = "2")]
     pub uuids: Vec<u8>,
+}
+
+/// VMDK creation options.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct VmdkOptions {
+    /// The type of image, such as `monolithicSparse`.
+    #[prost(bytes = "vec", tag = "1")]
+    pub subformat: Vec<u8>,
+    /// The name of the image's file, which stands in its descriptor.
+    #[prost(bytes = "vec", tag = "2")]
+    pub name: Vec<u8>,
+    /// A random number; the guest has no randomness of its own.
+    #[prost(uint32, tag = "3")]
+    pub cid: u32,
+    /// Type of the adapter.
+    #[prost(bytes = "vec", tag = "4")]
+    pub adapter: Vec<u8>,
+    /// Version of the virtual hardware.
+    #[prost(bytes = "vec", tag = "5")]
+    pub hardware_version: Vec<u8>,
+    /// Version of VMware's tools.
+    #[prost(bytes = "vec", tag = "6")]
+    pub tools_version: Vec<u8>,
+    /// Zeroes are stored as a table entry.
+    #[prost(bool, tag = "7")]
+    pub zeroed_grain: bool,
+    /// The image is written as well as made.
+    #[prost(bool, tag = "8")]
+    pub filled: bool,
 }
 
 /// Parallels creation options; absent ones take qemu-img's default.
@@ -870,6 +902,8 @@ pub enum FileRole {
     NewBacking = 6,
     /// A backing image, for writing if it is the one that the user wants written.
     CommitBase = 7,
+    /// The next part of the image that the user wants written (VMDK extent); the host composes its name.
+    TargetExtent = 8,
 }
 
 /// Answer to [`OpenFile`].
@@ -1109,6 +1143,8 @@ pub enum Cause {
     NoBacking = 127,
     /// What would be written makes the image, of which nobody said that it is raw, look like one of `format`.
     GuessedRaw = 128,
+    /// A VMDK image that can't be opened or made: `value` = [`VmdkFault`].
+    VmdkFault = 100,
 }
 
 /// Reasons of [`Cause::BitmapRefused`].
@@ -1417,6 +1453,50 @@ pub enum OptionError {
     VhdxLogSizeTooLarge = 82,
 }
 
+/// What is wrong with a VMDK image ([`Cause::VmdkFault`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum VmdkFault {
+    /// Not said.
+    Unspecified = 0,
+    /// The descriptor names no type of image.
+    Descriptor = 1,
+    /// The type `text` of image can't be opened.
+    ImageType = 2,
+    /// The line `text` should tell of an extent.
+    ExtentLine = 3,
+    /// The type `text` of extent is none.
+    ExtentType = 4,
+    /// `value2` = number of extents.
+    ExtentCount = 5,
+    /// The extents are too large.
+    Size = 6,
+    /// `value2` = version.
+    Version = 7,
+    /// `value2` = entries of a grain table.
+    TableSize = 8,
+    /// `value2` = sectors of a grain.
+    GrainSize = 9,
+    /// `value2` = entries of the grain directory.
+    DirectorySize = 10,
+    /// `value2` = bytes that the file should have at least.
+    Truncated = 11,
+    /// The footer.
+    Footer = 12,
+    /// A field at byte `value2` of a seSparse header.
+    SeSparse = 13,
+    /// A journal was not replayed.
+    SeSparseDirty = 14,
+    /// An extent file begins with `value2`.
+    ExtentMagic = 15,
+    /// Images of this type are not written.
+    ReadOnly = 16,
+    /// The parent is no VMDK image.
+    ParentFormat = 17,
+    /// The parent has the CID `value2`, another one is recorded.
+    ParentCid = 18,
+}
+
 /// What is wrong with an image of the older formats ([`Cause::FormatFault`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
 #[repr(i32)]
@@ -1565,6 +1645,9 @@ pub struct ImageInfo {
     /// Where asked for.
     #[prost(message, optional, tag = "11")]
     pub safety: Option<Safety>,
+    /// VMDK only.
+    #[prost(message, optional, tag = "30")]
+    pub vmdk: Option<VmdkInfo>,
 }
 
 /// An internal snapshot.
@@ -1635,6 +1718,43 @@ pub struct Qcow2Info {
     /// The image has an external data file (its name may be missing).
     #[prost(bool, tag = "12")]
     pub has_data_file: bool,
+}
+
+/// VMDK specifics.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct VmdkInfo {
+    /// Changes with the contents.
+    #[prost(uint32, tag = "1")]
+    pub cid: u32,
+    /// That of the parent.
+    #[prost(uint32, tag = "2")]
+    pub parent_cid: u32,
+    /// The type of image.
+    #[prost(bytes = "vec", tag = "3")]
+    pub create_type: Vec<u8>,
+    /// Its parts.
+    #[prost(message, repeated, tag = "4")]
+    pub extents: Vec<VmdkExtent>,
+}
+
+/// A part of a VMDK image.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct VmdkExtent {
+    /// Grains are compressed.
+    #[prost(bool, tag = "1")]
+    pub compressed: bool,
+    /// Bytes of the disk.
+    #[prost(uint64, tag = "2")]
+    pub virtual_size: u64,
+    /// Its file; absent for zeroes.
+    #[prost(uint32, optional, tag = "3")]
+    pub device: Option<u32>,
+    /// Bytes of a grain, where there are grains.
+    #[prost(uint64, optional, tag = "4")]
+    pub cluster_size: Option<u64>,
+    /// Its type in the descriptor; empty for the only extent of a file.
+    #[prost(bytes = "vec", tag = "5")]
+    pub kind: Vec<u8>,
 }
 
 /// A persistent dirty bitmap.

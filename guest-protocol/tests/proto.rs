@@ -88,6 +88,16 @@ fn target() -> m::Target {
             creator: b"QEMU".to_vec(),
         }),
         seed: b"random".to_vec(),
+        vmdk: Some(m::VmdkOptions {
+            subformat: b"monolithicSparse".to_vec(),
+            name: b"a.vmdk".to_vec(),
+            cid: 1,
+            adapter: b"ide".to_vec(),
+            hardware_version: b"4".to_vec(),
+            tools_version: b"1".to_vec(),
+            zeroed_grain: true,
+            filled: true,
+        }),
     }
 }
 
@@ -119,6 +129,18 @@ fn info() -> m::ImageInfo {
     };
     m::ImageInfo {
         device: 1,
+        vmdk: Some(m::VmdkInfo {
+            cid: 1,
+            parent_cid: 2,
+            create_type: b"vmfs".to_vec(),
+            extents: vec![m::VmdkExtent {
+                compressed: true,
+                virtual_size: 1,
+                device: Some(2),
+                cluster_size: Some(3),
+                kind: b"FLAT".to_vec(),
+            }],
+        }),
         format: m::Format::Qcow2.into(),
         virtual_size: 2,
         cluster_size: Some(3),

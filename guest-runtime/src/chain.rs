@@ -166,8 +166,9 @@ pub(crate) fn open_backing<P: Platform>(
     if recorded == Format::Unknown && !how.follow_probed && !found.references().is_empty() {
         return Err(about(Step::Open, FileId(below), Cause::BackingFormatNeeded));
     }
-    image.check_backing(&*found)?;
     if how.parts {
+        // To describe a chain is to show also what does not fit.
+        image.check_backing(&*found)?;
         found.open_parts(platform)?;
     }
     Ok(Some((below, found)))

@@ -304,7 +304,8 @@ fn convert(
             .zip(&devices)
             .map(|(spec, device)| Source { snapshot: arguments.snapshot.clone(), ..settings.source_of(*device, spec) })
             .collect(),
-        compress: arguments.compress && plan.is_ok(),
+        // VMDK: the type of the image decides.
+        compress: arguments.compress && plan.as_ref().is_ok_and(|plan| plan.format != Format::Vmdk),
         target: match plan.is_ok() {
             true => wire,
             false => Target { format: Format::Raw.into(), ..Target::default() },
@@ -422,7 +423,8 @@ impl Plan {
             Format::File => Format::Raw,
             format => format,
         };
-        let wire = Target { format: format.into(), existing: true, seed: seed(), ..Target::default() };
+        let vmdk = (format == Format::Vmdk).then(creation::vmdk::existing);
+        let wire = Target { format: format.into(), existing: true, vmdk, seed: seed(), ..Target::default() };
         Ok(Self {
             given: target.to_owned(),
             format,
@@ -486,7 +488,8 @@ impl Plan {
             format_name: options.text("backing_fmt").unwrap_or_default().as_bytes().to_vec(),
             image: None,
         });
-        let wire = Target { backing: recorded, ..layout.wire };
+        let mut wire = Target { backing: recorded, ..layout.wire };
+        creation::vmdk::name_target(&mut wire, target, true);
         let early = layout.early;
         Ok(Self { given: target.to_owned(), format, wire, new: Some(new), early, existing: None, backing, is_dd })
     }
@@ -538,6 +541,7 @@ impl ConvertHost<'_> {
         let Some(new) = plan.new.as_mut() else { return Err(Problem::new("There is no target")) };
         let opened = match role {
             FileRole::Target => new.open_main(machine, &self.files),
+            FileRole::TargetExtent => new.open_extent(machine, &self.files),
             _ => new.open_data(machine, &self.files),
         };
         let granted = opened.map_err(|problem| plan.creating(problem))?;
@@ -611,7 +615,7 @@ fn is_of_work(failure: &Failure) -> bool {
 impl Host for ConvertHost<'_> {
     fn open(&mut self, machine: &mut dyn Machine, wanted: &OpenFile) -> Option<Granted> {
         match wanted.role() {
-            role @ (FileRole::Target | FileRole::TargetData) => match self.open_target(machine, role) {
+            role @ (FileRole::Target | FileRole::TargetData | FileRole::TargetExtent) => match self.open_target(machine, role) {
                 Ok(granted) => Some(granted),
                 Err(problem) => {
                     self.files.refuse(Refusal { referrer: None, role, shown: String::new(), problem });

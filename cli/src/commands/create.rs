@@ -8,7 +8,7 @@ use instar_guest_protocol::message::{
 use super::info::Run;
 use super::{CommandLine, Objects, Settings};
 use crate::args::{Key, Opt};
-use crate::creation::{Creatable, Layout, creatable};
+use crate::creation::{self, Creatable, Layout, creatable};
 use crate::files::{Access, Files, Refusal};
 use crate::formats;
 use crate::image_opts::{ImageSpec, driver_format};
@@ -99,7 +99,8 @@ fn create(settings: &Settings, arguments: &Arguments, name: &str, size: Option<u
     let mut machine = Vm::spawn(guest::CREATE, &settings.limits, Work::Metadata)?;
     let mut files = Files::new(settings.confinement()?);
     let backing = creation.backing.as_ref().map(|backing| backing.grant(&mut files, &mut machine)).transpose()?;
-    let target = Target { backing, ..creation.layout.wire.clone() };
+    let mut target = Target { backing, ..creation.layout.wire.clone() };
+    creation::vmdk::name_target(&mut target, name, false);
     let operation = request::Operation::Create(CreateRequest { target, size: creation.size });
     let format = creation.format();
     let mut host = CreateHost { files, target: NewTarget::new(name, &creation.layout)?, creation };
@@ -254,6 +255,7 @@ impl CreateHost {
                     None => self.target.open_main(machine, &self.files),
                 }
             }
+            FileRole::TargetExtent => self.target.open_extent(machine, &self.files),
             _ => self.target.open_data(machine, &self.files),
         }
     }
@@ -281,7 +283,7 @@ impl CreateHost {
 impl Host for CreateHost {
     fn open(&mut self, machine: &mut dyn Machine, wanted: &OpenFile) -> Option<Granted> {
         match wanted.role() {
-            FileRole::Target | FileRole::TargetData => match self.open_target(machine, wanted) {
+            FileRole::Target | FileRole::TargetData | FileRole::TargetExtent => match self.open_target(machine, wanted) {
                 Ok(granted) => Some(granted),
                 Err(problem) => {
                     let (shown, role) = (self.target.given().to_owned(), wanted.role());

@@ -14,7 +14,7 @@ use crate::image_opts::ImageSpec;
 use crate::lock::Purpose;
 use crate::output::json;
 use crate::output::node::Node;
-use crate::output::report::Described;
+use crate::output::report::{Described, Part};
 use crate::problem::Problem;
 use crate::program::{Fail, Outcome, Program, print};
 use crate::safety::Report;
@@ -195,7 +195,13 @@ impl Run {
         if failure.cause() == Cause::OpenRefused
             && let Some(refusal) = self.files.refusal()
         {
-            return Unopened::of(&refusal.shown, refusal.problem.clone());
+            // An image is not to be had without its parts.
+            return match (refusal.role, refusal.referrer) {
+                (FileRole::Extent, Some(referrer)) => {
+                    Unopened::of(self.name_of(image, referrer), refusal.problem.clone())
+                }
+                _ => Unopened::of(&refusal.shown, refusal.problem.clone()),
+            };
         }
         let device = failure.device.unwrap_or_default();
         let problem = self.lock_problem(device).unwrap_or_else(|| messages::open_failure(failure));
@@ -234,10 +240,25 @@ impl Run {
                 Report::of(info, &record.name, read_as, &|name, shown| self.files.judge(info.device, name, shown));
             extra.push(("safety", report.node()));
         }
-        let stat = record.file.stat;
+        let mut stat = record.file.stat;
+        let parts = info.vmdk.iter().flat_map(|vmdk| &vmdk.extents).filter_map(|extent| extent.device);
+        let parts = parts.filter(|device| *device != info.device).filter_map(|device| self.files.get(device));
+        let parts: Vec<Part<'_>> = parts.map(|part| Part { name: &part.name, stat: part.file.stat }).collect();
+        let own_allocated = stat.allocated;
+        stat.allocated += parts.iter().map(|part| part.stat.allocated).sum::<u64>();
         let file_len = stat.len;
         let shown = if first { &image.shown } else { &record.name };
-        Ok(Described { info, shown, file: &record.name, stat, file_len, version: self.version, extra })
+        Ok(Described {
+            info,
+            shown,
+            file: &record.name,
+            stat,
+            own_allocated,
+            file_len,
+            parts,
+            version: self.version,
+            extra,
+        })
     }
 }
 
@@ -255,7 +276,7 @@ struct InfoHost {
 impl Host for InfoHost {
     fn open(&mut self, machine: &mut dyn Machine, wanted: &OpenFile) -> Option<Granted> {
         match wanted.role() {
-            FileRole::Backing => self.files.open_embedded(machine, wanted, self.access),
+            FileRole::Backing | FileRole::Extent => self.files.open_embedded(machine, wanted, self.access),
             _ => None,
         }
     }

@@ -7,6 +7,7 @@ pub mod qed;
 pub mod raw;
 pub mod vdi;
 pub mod vhdx;
+pub mod vmdk;
 
 use std::fs::File;
 use std::io::Read;
@@ -21,8 +22,8 @@ use crate::options::{Options, Spec};
 use crate::problem::Problem;
 
 /// All of them.
-static FORMATS: [Creatable; 7] =
-    [&raw::RAW, &qcow2::QCOW2, &vhdx::VHDX, &qcow::QCOW, &qed::QED, &vdi::VDI, &parallels::PARALLELS];
+static FORMATS: [Creatable; 8] =
+    [&raw::RAW, &qcow2::QCOW2, &vhdx::VHDX, &qcow::QCOW, &qed::QED, &vdi::VDI, &parallels::PARALLELS, &vmdk::VMDK];
 
 /// A format that can be created, and how.
 #[derive(Debug)]
@@ -82,6 +83,8 @@ pub struct Layout {
     pub late: Option<Problem>,
     /// The external data file to be made.
     pub data_file: Option<String>,
+    /// The image consists of further files.
+    pub extent_files: Option<vmdk::ExtentFiles>,
 }
 
 /// What the file below makes of `preallocation`, which formats without such an option of their own leave to it. The format then cuts the
@@ -162,6 +165,6 @@ mod tests {
         let error = |name| creatable(name).unwrap_err().to_string();
         assert_eq!(error("nosuch"), "Unknown file format 'nosuch'");
         assert_eq!(error("dmg"), "Format driver 'dmg' does not support image creation");
-        assert!(error("vmdk").contains("not provided"));
+        assert!(error("luks").contains("not provided"));
     }
 }

@@ -108,7 +108,7 @@ fn layout(options: &Options, objects: &Objects) -> Layout {
         preallocation: mode.unwrap_or(Preallocation::Off).into(),
         ..Target::default()
     };
-    Layout { wire, early: None, late, data_file }
+    Layout { wire, early: None, late, data_file, extent_files: None }
 }
 
 fn encryption_problem(options: &Options, objects: &Objects) -> Option<String> {

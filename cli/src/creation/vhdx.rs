@@ -54,5 +54,5 @@ fn layout(options: &Options, _: &Objects) -> Layout {
         creator: CREATOR.into(),
     };
     let wire = Target { format: Format::Vhdx.into(), vhdx: Some(vhdx), seed: super::seed(), ..Target::default() };
-    Layout { wire, early: None, late, data_file: None }
+    Layout { wire, early: None, late, data_file: None, extent_files: None }
 }

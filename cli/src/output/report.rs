@@ -1,6 +1,6 @@
 //! `info`: what is told of each image.
 
-use instar_guest_protocol::message::{Bitmap, Format, ImageInfo, LuksInfo, Qcow2Info, Snapshot};
+use instar_guest_protocol::message::{Bitmap, Format, ImageInfo, LuksInfo, Qcow2Info, Snapshot, VmdkInfo};
 
 use super::human;
 use super::node::Node;
@@ -20,12 +20,25 @@ pub struct Described<'a> {
     pub file: &'a str,
     /// The file.
     pub stat: Stat,
+    /// Bytes of disk that the file itself takes, where the image has further parts.
+    pub own_allocated: u64,
     /// The file's length, bytes (devices have one too).
     pub file_len: u64,
+    /// Further files that the image consists of.
+    pub parts: Vec<Part<'a>>,
     /// As this version tells it.
     pub version: QemuVersion,
     /// Added to what qemu-img tells, if asked for.
     pub extra: Vec<(&'static str, Node)>,
+}
+
+/// A further file of an image.
+#[derive(Clone, Copy, Debug)]
+pub struct Part<'a> {
+    /// Its name, not escaped.
+    pub name: &'a str,
+    /// The file.
+    pub stat: Stat,
 }
 
 /// QEMU counts in sectors.
@@ -55,11 +68,7 @@ impl Described<'_> {
     }
 
     fn protocol(&self) -> &'static str {
-        match self.stat.kind {
-            FileKind::Block => "host_device",
-            FileKind::Nbd => "nbd",
-            _ => "file",
-        }
+        protocol_of(self.stat.kind)
     }
 
     fn virtual_size(&self) -> u64 {
@@ -82,6 +91,14 @@ impl Described<'_> {
         match self.stat.kind {
             FileKind::Nbd => "unavailable".to_owned(),
             _ => human::size(self.stat.allocated),
+        }
+    }
+
+    /// As [`disk_size`](Self::disk_size), of the file alone.
+    fn own_disk_size(&self) -> String {
+        match self.stat.kind {
+            FileKind::Nbd => self.disk_size(),
+            _ => human::size(self.own_allocated),
         }
     }
 
@@ -122,14 +139,19 @@ impl Described<'_> {
             out.push_str(&human::tree(&members, 1));
         }
         if !self.is_file() && self.version.shows_child_nodes() {
-            out.push_str("Child node '/file':\n");
-            out.push_str(&format!(
-                "    filename: {}\n    protocol type: {}\n    file length: {}\n    disk size: {}\n",
-                printable(self.file.as_bytes()),
-                self.protocol(),
-                size(whole_sectors(self.file_len)),
-                self.disk_size(),
-            ));
+            let mut child = |node: &str, name: &str, protocol: &str, len: u64, disk_size: &str| {
+                out.push_str(&format!(
+                    "Child node '/{node}':\n    filename: {}\n    protocol type: {protocol}\n    file length: {}\n    \
+                     disk size: {disk_size}\n",
+                    printable(name.as_bytes()),
+                    size(whole_sectors(len)),
+                ));
+            };
+            for (number, part) in self.parts.iter().enumerate().rev() {
+                let disk_size = human::size(part.stat.allocated);
+                child(&format!("extents.{number}"), part.name, protocol_of(part.stat.kind), part.stat.len, &disk_size);
+            }
+            child("file", self.file, self.protocol(), self.file_len, &self.own_disk_size());
         }
         for (key, value) in &self.extra {
             out.push_str(&human::tree(&[(key, value.clone())], 0));
@@ -142,7 +164,7 @@ impl Described<'_> {
         let mut members = Vec::new();
         let mut put = |key, value| members.push((key, value));
         if self.version.shows_child_nodes() {
-            put("children", Node::List(if self.is_file() { Vec::new() } else { vec![self.child()] }));
+            put("children", Node::List(if self.is_file() { Vec::new() } else { self.children() }));
         }
         if let Some(format) = self.backing_format() {
             put("backing-filename-format", Node::bytes(format));
@@ -181,28 +203,74 @@ impl Described<'_> {
         Node::Dict(members)
     }
 
-    fn child(&self) -> Node {
-        let mut info = vec![
-            ("children", Node::List(Vec::new())),
-            ("virtual-size", Node::Int(whole_sectors(self.file_len))),
-            ("filename", Node::text(self.file)),
-            ("format", Node::text(self.protocol())),
-        ];
-        if self.stat.kind != FileKind::Nbd {
-            info.push(("actual-size", Node::Int(self.stat.allocated)));
-        }
-        if self.stat.kind == FileKind::Regular {
-            info.push(("format-specific", file_specific()));
-        }
-        if self.stat.kind != FileKind::Nbd {
-            info.push(("dirty-flag", Node::Bool(false)));
-        }
-        Node::Dict(vec![("name", Node::text("file")), ("info", Node::Dict(info))])
+    fn children(&self) -> Vec<Node> {
+        let parts = self.parts.iter().enumerate().rev();
+        let parts = parts.map(|(number, part)| child(&format!("extents.{number}"), part.name, part.stat, part.stat.len));
+        let stat = Stat { allocated: self.own_allocated, ..self.stat };
+        parts.chain([child("file", self.file, stat, self.file_len)]).collect()
+    }
+
+    /// A VMDK image in QEMU's words.
+    fn vmdk(&self, info: &VmdkInfo) -> Vec<(&'static str, Node)> {
+        let mut names = self.parts.iter().map(|part| part.name);
+        let extents = info.extents.iter().map(|extent| {
+            let mut members = Vec::new();
+            if extent.compressed {
+                members.push(("compressed", Node::Bool(true)));
+            }
+            let name = match extent.device {
+                Some(device) if device == self.info.device => self.file,
+                Some(_) => names.next().unwrap_or_default(),
+                None => "",
+            };
+            members.extend([("virtual-size", Node::Int(extent.virtual_size)), ("filename", Node::text(name))]);
+            if let Some(grain) = extent.cluster_size {
+                members.push(("cluster-size", Node::Int(grain)));
+            }
+            members.push(("format", Node::bytes(&extent.kind)));
+            Node::Dict(members)
+        });
+        vec![
+            ("cid", Node::Int(info.cid.into())),
+            ("parent-cid", Node::Int(info.parent_cid.into())),
+            ("create-type", Node::bytes(&info.create_type)),
+            ("extents", Node::List(extents.collect())),
+        ]
     }
 
     fn format_specific(&self) -> Option<(&'static str, Vec<(&'static str, Node)>)> {
+        if let Some(info) = &self.info.vmdk {
+            return Some(("vmdk", self.vmdk(info)));
+        }
         self.info.qcow2.as_ref().map(|info| ("qcow2", qcow2(info, self.version)))
     }
+}
+
+fn protocol_of(kind: FileKind) -> &'static str {
+    match kind {
+        FileKind::Block => "host_device",
+        FileKind::Nbd => "nbd",
+        _ => "file",
+    }
+}
+
+fn child(node: &str, name: &str, stat: Stat, len: u64) -> Node {
+    let mut info = vec![
+        ("children", Node::List(Vec::new())),
+        ("virtual-size", Node::Int(whole_sectors(len))),
+        ("filename", Node::text(name)),
+        ("format", Node::text(protocol_of(stat.kind))),
+    ];
+    if stat.kind != FileKind::Nbd {
+        info.push(("actual-size", Node::Int(stat.allocated)));
+    }
+    if stat.kind == FileKind::Regular {
+        info.push(("format-specific", file_specific()));
+    }
+    if stat.kind != FileKind::Nbd {
+        info.push(("dirty-flag", Node::Bool(false)));
+    }
+    Node::Dict(vec![("name", Node::text(node)), ("info", Node::Dict(info))])
 }
 
 fn file_specific() -> Node {
@@ -327,7 +395,9 @@ mod tests {
             shown: file,
             file,
             stat: STAT,
+            own_allocated: STAT.allocated,
             file_len: STAT.len,
+            parts: Vec::new(),
             version: QemuVersion::default(),
             extra: Vec::new(),
         }

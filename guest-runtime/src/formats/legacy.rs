@@ -81,7 +81,7 @@ pub(super) struct LegacyTarget<P: Platform, F> {
 
 /// How clusters of qcow are compressed.
 pub(super) fn deflate(unit: u64) -> Compression {
-    Compression { codec: Codec::Deflate, unit, always: false }
+    Compression { codec: Codec::Deflate, unit, always: false, grain_markers: false }
 }
 
 /// The writers of all formats.

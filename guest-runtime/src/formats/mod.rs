@@ -15,6 +15,7 @@ mod raw;
 pub mod target;
 mod vdi;
 mod vhdx;
+mod vmdk;
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
@@ -171,8 +172,10 @@ pub struct Compression {
     pub codec: Codec,
     /// Bytes of a unit before compression, a power of two.
     pub unit: u64,
-    /// It stores nothing else.
+    /// It stores nothing else, so that also what does not shrink is compressed.
     pub always: bool,
+    /// A VMDK grain marker stands before each stream, and streams end at sectors.
+    pub grain_markers: bool,
 }
 
 impl<P: Platform> TargetImage<P> {
@@ -275,6 +278,7 @@ pub fn open_image<P: Platform>(
         Format::Bochs => bochs::open(file, id, strict),
         Format::Cloop => cloop::open(file, id, strict),
         Format::Vhdx => vhdx::open(file, id),
+        Format::Vmdk => vmdk::open(platform, file, id, strict),
         other => Err(Failure { format: other.into(), ..about(Step::Open, id, Cause::FormatNotSupported) }),
     }
 }
@@ -297,6 +301,7 @@ pub fn create_image<P: Platform>(
         Format::Vdi => vdi::create(platform, target, size, durable),
         Format::Parallels => parallels::create(platform, target, size, durable),
         Format::Vhdx => vhdx::create(platform, target, size, durable),
+        Format::Vmdk => vmdk::create(platform, target, size, durable),
         format => Err(Failure { format: format.into(), ..failure(Step::Create, Cause::FormatNotSupported) }),
     }
 }
@@ -319,6 +324,7 @@ pub fn open_target<P: Platform>(
         Format::Vdi => vdi::open_target(platform, size, durable),
         Format::Parallels => parallels::open_target(platform, size, durable),
         Format::Vhdx => vhdx::open_target(platform, target, size, durable),
+        Format::Vmdk => vmdk::open_target(platform, target, size, durable),
         format => Err(Failure { format: format.into(), ..failure(Step::OpenTarget, Cause::FormatNotSupported) }),
     }
 }

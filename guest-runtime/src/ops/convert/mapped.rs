@@ -9,13 +9,14 @@ use super::Sparse;
 use super::fill::{Batch, Fault, Outcome, Scratch, fill, read_under};
 use super::plan::Chunk;
 use super::raw::spans;
-use crate::formats::MappedImage;
+use crate::formats::{Compression, MappedImage};
 use crate::lock::Lock;
 use crate::platform::{Io, Platform};
 use instar_blockio::{
-    BlockRead, Codec, ErrorKind, Extent, ExtentKind, Layer, Reservation, ZeroMode, data_runs, is_zero,
+    BlockRead, ErrorKind, Extent, ExtentKind, Layer, Reservation, ZeroMode, data_runs, is_zero,
 };
 use instar_codec::Encoder;
+use instar_vmdk::marker;
 
 /// The image that is written, and how.
 pub(in crate::ops) struct MappedTarget<P: Platform> {
@@ -28,8 +29,8 @@ pub(in crate::ops) struct MappedTarget<P: Platform> {
     pub zero_init: bool,
     /// Pieces are whole units of this many bytes; 1: any run.
     pub unit: u64,
-    /// Units are stored compressed by this codec.
-    pub compress: Option<Codec>,
+    /// Units are stored compressed in this way.
+    pub compress: Option<Compression>,
     /// Finished chunks that wait for their turn.
     pub order: Lock<Order>,
 }
@@ -197,8 +198,14 @@ impl<P: Platform> MappedTarget<P> {
                 }
                 continue;
             }
-            let encoded = encoder.encode(input, &mut bytes);
-            let kind = match encoded.map_err(|_| Fault::write(offset)(ErrorKind::OutOfMemory.into()))? {
+            let out_of_memory = |_| Fault::write(offset)(ErrorKind::OutOfMemory.into());
+            let encoded = match self.compress {
+                Some(Compression { always: true, grain_markers, .. }) => {
+                    Some(encode_always(encoder, grain_markers, offset, input, &mut bytes).map_err(out_of_memory)?)
+                }
+                _ => encoder.encode(input, &mut bytes).map_err(out_of_memory)?,
+            };
+            let kind = match encoded {
                 Some(stored) => PieceKind::Compressed { at, stored_len: stored as u32 },
                 None => {
                     bytes.truncate(at);
@@ -277,6 +284,26 @@ impl<P: Platform> MappedTarget<P> {
         }
         Ok(places)
     }
+}
+
+/// Appends the stream of a unit, with what the format has around it; tells the length of all that.
+fn encode_always(
+    encoder: &mut Encoder,
+    grain_markers: bool,
+    offset: u64,
+    input: &[u8],
+    out: &mut Vec<u8>,
+) -> Result<usize, instar_codec::Error> {
+    let start = out.len();
+    if !grain_markers {
+        return encoder.encode_always(input, out);
+    }
+    let empty = marker(offset, 0);
+    out.extend_from_slice(&empty);
+    let len = encoder.encode_always(input, out)?;
+    out[start..start + empty.len()].copy_from_slice(&marker(offset, len as u32));
+    out.resize(start + (empty.len() + len).next_multiple_of(super::SECTOR as usize), 0);
+    Ok(out.len() - start)
 }
 
 /// Where a piece of the buffer goes.

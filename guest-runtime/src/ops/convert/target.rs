@@ -86,7 +86,7 @@ impl<P: Platform> Target<P> {
             existing,
             zero_init,
             unit,
-            compress: compress.map(|compression| compression.codec),
+            compress,
             order: Lock::default(),
         })))
     }
@@ -133,7 +133,7 @@ impl<P: Platform> Target<P> {
     /// A compressor for one vCPU, if units are stored compressed.
     pub fn encoder(&self) -> Option<Encoder> {
         match self {
-            Self::Mapped(mapped) => mapped.compress.map(Encoder::new),
+            Self::Mapped(mapped) => mapped.compress.map(|compression| Encoder::new(compression.codec)),
             Self::Raw(..) => None,
         }
     }
