@@ -86,13 +86,8 @@ impl Descriptor {
     /// No type of image, or a line that should tell of an extent and does not.
     pub fn parse(bytes: &[u8]) -> Result<Self> {
         let end = bytes.iter().position(|&byte| byte == 0).unwrap_or(bytes.len());
-        let mut found = Self {
-            cid: 0,
-            parent_cid: NO_PARENT,
-            create_type: Vec::new(),
-            parent_name: None,
-            extents: Vec::new(),
-        };
+        let mut found =
+            Self { cid: 0, parent_cid: NO_PARENT, create_type: Vec::new(), parent_name: None, extents: Vec::new() };
         let mut total = 0u64;
         for line in bytes[..end].split(|&byte| byte == b'\n' || byte == b'\r') {
             let line = line.trim_ascii();
@@ -103,7 +98,8 @@ impl Descriptor {
                 if found.extents.len() >= Error::MAX_EXTENTS {
                     return Err(Error::TooManyExtents(found.extents.len() + 1));
                 }
-                total = total.checked_add(extent.len).filter(|&sum| sum <= i64::MAX as u64).ok_or(Error::SizeOverflow)?;
+                total =
+                    total.checked_add(extent.len).filter(|&sum| sum <= i64::MAX as u64).ok_or(Error::SizeOverflow)?;
                 found.extents.push(extent);
             } else {
                 found.take_assignment(line);
@@ -157,7 +153,8 @@ fn parse_extent(line: &[u8]) -> Result<Option<ExtentLine>> {
     if access != b"RW" && access != b"RDONLY" {
         return Err(invalid());
     }
-    let sectors = words.next().and_then(number).filter(|&sectors| sectors > 0 || access == b"RW").ok_or_else(invalid)?;
+    let sectors =
+        words.next().and_then(number).filter(|&sectors| sectors > 0 || access == b"RW").ok_or_else(invalid)?;
     let len = sectors.checked_mul(SECTOR).filter(|&len| len <= i64::MAX as u64).ok_or_else(invalid)?;
     let kind = words.next().unwrap_or_default();
     let kind = ExtentType::of(kind).ok_or_else(|| Error::UnsupportedExtent(Error::text(kind)))?;
@@ -250,7 +247,9 @@ mod tests {
 
     #[test]
     fn lines() {
-        let found = of("CID=0012aBcd\r\nparentCID=ffffffff\nRW 4 FLAT \"a b.vmdk\" 7\nRW 8 ZERO\nRDONLY 2 VMFS \"c\"\n\0RW").unwrap();
+        let found =
+            of("CID=0012aBcd\r\nparentCID=ffffffff\nRW 4 FLAT \"a b.vmdk\" 7\nRW 8 ZERO\nRDONLY 2 VMFS \"c\"\n\0RW")
+                .unwrap();
         assert_eq!((found.cid, found.parent_cid, found.parent_name.as_ref()), (0x12_abcd, NO_PARENT, None));
         let line = |len, kind, name: &str, offset| ExtentLine { len, kind, name: name.as_bytes().to_vec(), offset };
         assert_eq!(

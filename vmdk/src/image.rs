@@ -61,8 +61,16 @@ enum Medium<D> {
     /// Its file was not attached yet.
     Missing,
     Zero,
-    Flat { file: D, id: FileId, base: u64 },
-    Sparse { pages: Pages<D>, id: FileId, geometry: Geometry },
+    Flat {
+        file: D,
+        id: FileId,
+        base: u64,
+    },
+    Sparse {
+        pages: Pages<D>,
+        id: FileId,
+        geometry: Geometry,
+    },
 }
 
 /// An extent, as `info` tells it.

@@ -57,6 +57,7 @@ extern crate alloc;
 #[macro_use]
 extern crate std;
 
+mod check;
 mod create;
 mod descriptor;
 mod error;
@@ -66,6 +67,7 @@ mod pages;
 mod sparse;
 mod write;
 
+pub use check::{CheckReport, Finding, check};
 pub use create::{CreateOptions, PART, Subformat};
 pub use descriptor::{Descriptor, ExtentLine, ExtentType, NO_PARENT};
 pub use error::{Error, Result};

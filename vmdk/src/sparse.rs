@@ -1,6 +1,10 @@
 //! Sparse extents: which grain lies where, by grain directory and grain tables.
 
-use instar_blockio::{BlockRead, Codec, CompressedRun, Error as BlockError, ErrorKind, ExtentKind, FileId, Result as BlockResult};
+use alloc::vec::Vec;
+
+use instar_blockio::{
+    BlockRead, Codec, CompressedRun, Error as BlockError, ErrorKind, ExtentKind, FileId, Result as BlockResult,
+};
 
 use crate::error::{Error, Result};
 use crate::format::{
@@ -49,7 +53,10 @@ pub(crate) enum Flavour {
     Hosted,
     Cowd,
     /// Where tables and grains begin, sectors.
-    Se { tables: u64, grains: u64 },
+    Se {
+        tables: u64,
+        grains: u64,
+    },
 }
 
 /// An entry of a table: where the grain lies.
@@ -265,7 +272,8 @@ impl Geometry {
 
     /// The table for an entry of the directory. A first directory that points behind the end of the file is given up for the second.
     pub fn find_table<D: BlockRead>(&self, pages: &Pages<D>, index: u64) -> BlockResult<Option<u64>> {
-        let place = |directory: u64| directory.checked_add(index * self.entry_len()).ok_or(BlockError::new(ErrorKind::Corrupt));
+        let place =
+            |directory: u64| directory.checked_add(index * self.entry_len()).ok_or(BlockError::new(ErrorKind::Corrupt));
         let read = |directory: u64| {
             let mut bytes = [0; 8];
             let bytes = &mut bytes[..self.entry_len() as usize];
@@ -282,7 +290,7 @@ impl Geometry {
     }
 
     /// Bytes without a table from the entry `index` of the directory on, as far as a look at one page tells.
-    fn missing_tables<D: BlockRead>(&self, pages: &Pages<D>, index: u64, max: u64) -> BlockResult<u64> {
+    pub fn missing_tables<D: BlockRead>(&self, pages: &Pages<D>, index: u64, max: u64) -> BlockResult<u64> {
         let (len, at) = (self.entry_len(), self.directory.saturating_add(index * self.entry_len()));
         let most = max.div_ceil(self.table_span()).min(self.directory_len - index).max(1);
         let count = pages.view(at, |bytes| {
@@ -290,6 +298,13 @@ impl Geometry {
             entries.take_while(|entry| entry.iter().all(|&byte| byte == 0)).count() as u64
         })?;
         Ok(count.max(1))
+    }
+
+    /// The entries of the table at `at`; what lies behind the end of the file is zero.
+    pub fn read_table<D: BlockRead>(&self, pages: &Pages<D>, at: u64) -> BlockResult<Vec<u64>> {
+        let len = self.entry_len();
+        let bytes = pages.read_vec(at, (len * self.table_entries) as usize)?;
+        Ok(bytes.chunks_exact(len as usize).map(|entry| self.entry(entry)).collect())
     }
 
     /// The run at `offset` of the extent: its length (at most `max`) and what lies there. Offsets in `Compressed` count from the
@@ -317,7 +332,8 @@ impl Geometry {
         let skip = offset % self.grain;
         let left = (self.table_entries - first) as usize;
         let run = pages.view(at, |bytes| {
-            let mut entries = bytes.chunks_exact(entry_len as usize).take(left).map(|entry| self.grain(self.entry(entry)));
+            let mut entries =
+                bytes.chunks_exact(entry_len as usize).take(left).map(|entry| self.grain(self.entry(entry)));
             // What lies behind the end of the file reads as zero: not allocated.
             let start = entries.next().unwrap_or(Ok(Grain::Unallocated))?;
             let mut count = 1u64;

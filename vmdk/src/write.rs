@@ -42,7 +42,11 @@ pub struct Writer<D> {
 enum Origin {
     New(CreateOptions),
     /// The descriptor as it was, its place, and the CID to come.
-    Existing { text: Vec<u8>, at: u64, cid: u32 },
+    Existing {
+        text: Vec<u8>,
+        at: u64,
+        cid: u32,
+    },
 }
 
 #[derive(Debug)]
@@ -88,7 +92,12 @@ struct Table {
 ///
 /// # Errors
 /// [`Error::SizeTooLarge`], a wrong number of files, or the device's error.
-pub fn create<D: BlockWrite>(main: D, main_id: FileId, files: Vec<(D, FileId)>, options: CreateOptions) -> Result<Writer<D>> {
+pub fn create<D: BlockWrite>(
+    main: D,
+    main_id: FileId,
+    files: Vec<(D, FileId)>,
+    options: CreateOptions,
+) -> Result<Writer<D>> {
     let lens = options.parts()?;
     let own_files = options.subformat.has_extent_files();
     if files.len() != if own_files { lens.len() } else { 0 } {
@@ -165,13 +174,8 @@ impl<D: BlockWrite> Writer<D> {
             None => (0, Vec::new()),
         };
         let next = main.size().div_ceil(SECTOR).next_multiple_of(GRAIN_SECTORS);
-        let tables = Tables {
-            places: Places::Existing(places),
-            kept: BTreeMap::new(),
-            next,
-            end: main.size(),
-            fresh: false,
-        };
+        let tables =
+            Tables { places: Places::Existing(places), kept: BTreeMap::new(), next, end: main.size(), fresh: false };
         let size = geometry.capacity;
         let (zeroed_grain, has_parent) = (geometry.zeroed, image.parent_name().is_some());
         drop(image);

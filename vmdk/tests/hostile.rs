@@ -26,7 +26,9 @@ fn sample(subformat: Subformat) -> Vec<u8> {
 
 fn walk(bytes: Vec<u8>) {
     for strict in [false, true] {
-        let Ok(mut image) = Image::open(MemBlock::from(bytes.clone()), FileId(1), &OpenOptions { strict }) else { continue };
+        let Ok(mut image) = Image::open(MemBlock::from(bytes.clone()), FileId(1), &OpenOptions { strict }) else {
+            continue;
+        };
         let mut left = 8;
         while let Some((number, _)) = image.wanted() {
             if left == 0 || image.attach(number, MemBlock::from(bytes.clone()), FileId(2)).is_err() {

@@ -615,13 +615,15 @@ fn is_of_work(failure: &Failure) -> bool {
 impl Host for ConvertHost<'_> {
     fn open(&mut self, machine: &mut dyn Machine, wanted: &OpenFile) -> Option<Granted> {
         match wanted.role() {
-            role @ (FileRole::Target | FileRole::TargetData | FileRole::TargetExtent) => match self.open_target(machine, role) {
-                Ok(granted) => Some(granted),
-                Err(problem) => {
-                    self.files.refuse(Refusal { referrer: None, role, shown: String::new(), problem });
-                    None
+            role @ (FileRole::Target | FileRole::TargetData | FileRole::TargetExtent) => {
+                match self.open_target(machine, role) {
+                    Ok(granted) => Some(granted),
+                    Err(problem) => {
+                        self.files.refuse(Refusal { referrer: None, role, shown: String::new(), problem });
+                        None
+                    }
                 }
-            },
+            }
             _ => self.files.open_embedded(machine, wanted, self.access),
         }
     }

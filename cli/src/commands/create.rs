@@ -283,7 +283,8 @@ impl CreateHost {
 impl Host for CreateHost {
     fn open(&mut self, machine: &mut dyn Machine, wanted: &OpenFile) -> Option<Granted> {
         match wanted.role() {
-            FileRole::Target | FileRole::TargetData | FileRole::TargetExtent => match self.open_target(machine, wanted) {
+            FileRole::Target | FileRole::TargetData | FileRole::TargetExtent => match self.open_target(machine, wanted)
+            {
                 Ok(granted) => Some(granted),
                 Err(problem) => {
                     let (shown, role) = (self.target.given().to_owned(), wanted.role());

@@ -205,7 +205,8 @@ impl Described<'_> {
 
     fn children(&self) -> Vec<Node> {
         let parts = self.parts.iter().enumerate().rev();
-        let parts = parts.map(|(number, part)| child(&format!("extents.{number}"), part.name, part.stat, part.stat.len));
+        let parts =
+            parts.map(|(number, part)| child(&format!("extents.{number}"), part.name, part.stat, part.stat.len));
         let stat = Stat { allocated: self.own_allocated, ..self.stat };
         parts.chain([child("file", self.file, stat, self.file_len)]).collect()
     }

@@ -11,9 +11,10 @@ pub mod qcow2_edit;
 pub mod qcow2_read;
 pub mod qcow2_write;
 pub mod vhdx;
+pub mod vmdk;
 
 /// All targets.
-pub const ALL: [Target; 15] = [
+pub const ALL: [Target; 16] = [
     Target { name: "codec", run: codec::run, seeds: codec::seeds },
     Target { name: "detect", run: detect::run, seeds: detect::seeds },
     Target { name: "message", run: message::run, seeds: message::seeds },
@@ -29,4 +30,5 @@ pub const ALL: [Target; 15] = [
     Target { name: "qed", run: legacy::qed, seeds: legacy::qed_seeds },
     Target { name: "vdi", run: legacy::vdi, seeds: legacy::vdi_seeds },
     Target { name: "vhdx", run: vhdx::run, seeds: vhdx::seeds },
+    Target { name: "vmdk", run: vmdk::run, seeds: vmdk::seeds },
 ];

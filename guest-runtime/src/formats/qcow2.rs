@@ -279,7 +279,12 @@ impl<P: Platform> MappedImage<P> for Qcow2Target<P> {
             CompressionType::Zstd => Codec::Zstd,
             CompressionType::Zlib => Codec::Deflate,
         };
-        Some(Compression { codec, unit: self.writer.header().geometry.cluster_size(), always: false, grain_markers: false })
+        Some(Compression {
+            codec,
+            unit: self.writer.header().geometry.cluster_size(),
+            always: false,
+            grain_markers: false,
+        })
     }
 
     fn on_block_device(&self) -> bool {

@@ -9,7 +9,9 @@ use instar_guest_protocol::message::{
     Cause, Failure, FileRole, Format, ImageInfo, Reference, SnapshotSelector, Step, Target, VmdkExtent, VmdkFault,
     VmdkInfo,
 };
-use instar_vmdk::{CreateOptions, Error, ExtentType, GRAIN, Image, OpenOptions, Subformat, Writer, create as create_vmdk};
+use instar_vmdk::{
+    CreateOptions, Error, ExtentType, GRAIN, Image, OpenOptions, Subformat, Writer, create as create_vmdk,
+};
 
 use super::target::{TargetDisk, open_target_file};
 use super::{Backing, Compression, FlatImage, ImageWriter, MappedImage, OpenImage, TargetImage, open_image};
@@ -85,7 +87,8 @@ impl<P: Platform> OpenImage<P> for Vmdk<P> {
         let grains: Vec<Option<u64>> = self.image.extents_info().map(|extent| extent.grain).collect();
         info.virtual_size = self.image.virtual_size();
         // Of extents that differ none is told.
-        info.cluster_size = grains.first().copied().flatten().filter(|first| grains.iter().all(|other| *other == Some(*first)));
+        info.cluster_size =
+            grains.first().copied().flatten().filter(|first| grains.iter().all(|other| *other == Some(*first)));
         info.backing_file = self.image.parent_name().map(<[u8]>::to_vec);
         info.backing_format = info.backing_file.as_ref().map(|_| b"vmdk".to_vec());
         info.vmdk = Some(VmdkInfo {

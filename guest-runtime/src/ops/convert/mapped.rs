@@ -12,9 +12,7 @@ use super::raw::spans;
 use crate::formats::{Compression, MappedImage};
 use crate::lock::Lock;
 use crate::platform::{Io, Platform};
-use instar_blockio::{
-    BlockRead, ErrorKind, Extent, ExtentKind, Layer, Reservation, ZeroMode, data_runs, is_zero,
-};
+use instar_blockio::{BlockRead, ErrorKind, Extent, ExtentKind, Layer, Reservation, ZeroMode, data_runs, is_zero};
 use instar_codec::Encoder;
 use instar_vmdk::marker;
 
