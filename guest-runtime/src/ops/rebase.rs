@@ -115,7 +115,7 @@ fn copy<P: Platform>(
         existing: true,
         zero_init: false,
         unit,
-        compress: compression.map(|compression| compression.codec),
+        compress: compression,
         order: Lock::default(),
     };
     let job = Job {
@@ -270,7 +270,7 @@ impl<P: Platform> Job<'_, P> {
 
     fn work(&self) -> Outcome<()> {
         let mut scratch = Scratch::default();
-        let mut encoder = self.target.compress.map(Encoder::new);
+        let mut encoder = self.target.compress.map(|compression| Encoder::new(compression.codec));
         let (mut old, mut new) = (Vec::new(), Vec::new());
         while let Some((work, cursor)) = self.take()? {
             self.read(&work.old, &mut old, &mut scratch).map_err(|fault| as_read(fault, Step::ReadOld))?;
