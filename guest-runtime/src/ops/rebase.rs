@@ -168,20 +168,26 @@ impl Planner {
                 self.cursor += old.len.min(new.len);
                 continue;
             }
-            return self.gather(&own).map(Some);
+            return self.gather(image).map(Some);
         }
         Ok(None)
     }
 
-    /// A chunk from the unit of the cursor on, inside a run that the image leaves to its backing image.
-    fn gather(&mut self, own: &Extent) -> Outcome<Work> {
+    /// A chunk from the unit of the cursor on, of what the image leaves to its backing image.
+    fn gather(&mut self, image: &dyn ImageWriter) -> Outcome<Work> {
+        let alloc_unit = image.alloc_unit();
         let first = self.cursor - self.cursor % self.unit;
-        let last = if own.end() == self.end { self.end } else { own.end() - own.end() % self.unit };
+        let inner = self.cursor - self.cursor % alloc_unit;
+        let found = image.extent_at(first, self.end - first).map_err(metadata(first))?;
+        let own_end = if found.kind == ExtentKind::Unallocated { found.end() } else { first };
+        let last = if own_end == self.end { self.end } else { own_end - own_end % self.unit };
         // Of a unit that is partly there already, the rest can't be stored compressed.
-        let whole_units = first >= own.offset && last > first;
-        let (start, limit) = match whole_units {
-            true => (first, last),
-            false => (self.cursor, own.end().min(first.saturating_add(self.unit))),
+        let whole_units = last > self.cursor;
+        let (start, limit) = if whole_units {
+            (first, last)
+        } else {
+            let own = image.extent_at(inner, self.end - inner).map_err(metadata(inner))?;
+            (inner, own.end().min(first.saturating_add(self.unit)))
         };
         let stop = limit.min(start.saturating_add(CHUNK.max(self.unit)));
         let gather = |layer: &Option<Box<dyn Layer>>| {
