@@ -44,7 +44,12 @@ fn transcripts() {
     let mut command = Command::new("python3");
     command
         .arg(&runner)
-        .args(["--only", "^(cli|info|convert|create|snapshot|bitmap|amend|map|compare|measure|resize|rebase|commit|dd|bench)(-|$)", "--skip", &skip])
+        .args([
+            "--only",
+            "^(cli|info|convert|create|snapshot|bitmap|amend|map|compare|measure|resize|rebase|commit|dd|bench)(-|$)",
+            "--skip",
+            &skip,
+        ])
         .arg(&program);
     let output = command.output().expect("python3 runs");
     let text = String::from_utf8_lossy(&output.stdout);

@@ -82,6 +82,9 @@ pub fn commit(base: Option<&str>, given: &str, failure: &Failure) -> Problem {
             ))
             .with_hint("Record that it is raw in the image that names it (rebase -u -F raw).")
         }
+        (Cause::ResizeRefused | Cause::ResizeUnsupported, _) => {
+            Problem::new(format!("Block job failed: {}", os_text(EOPNOTSUPP)))
+        }
         (Cause::Io | Cause::CorruptData | Cause::CorruptMetadata, _) if failure.step() == Step::Empty => {
             Problem::new(format!("Could not empty {given}: {}", reason(failure)))
         }
