@@ -382,5 +382,6 @@ fn enums_are_the_same() {
     assert_enum::<m::ResizeRefusal>(&pool, "ResizeRefusal");
     assert_enum::<m::OptionError>(&pool, "OptionError");
     assert_enum::<m::FormatFault>(&pool, "FormatFault");
-    assert_eq!(pool.all_enums().count(), 15, "an enum without a check");
+    assert_enum::<m::VmdkFault>(&pool, "VmdkFault");
+    assert_eq!(pool.all_enums().count(), 16, "an enum without a check");
 }
