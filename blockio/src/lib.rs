@@ -31,6 +31,7 @@ extern crate alloc;
 #[cfg(any(feature = "std", feature = "test", test))]
 extern crate std;
 
+pub mod check;
 mod concat;
 mod error;
 mod extent;

@@ -81,6 +81,7 @@ mod bitmap;
 mod bitmap_edit;
 mod bitmap_store;
 mod cache;
+mod check;
 mod create;
 mod empty;
 mod error;
@@ -109,6 +110,7 @@ pub use addr::{Geometry, GuestOffset, HostOffset};
 pub use amend::{AmendError, AmendOptions};
 pub use bitmap::{BitmapFlags, BitmapInfo, BitmapRun, BitmapRunKind};
 pub use bitmap_edit::{BitmapError, Bitmaps};
+pub use check::Finding;
 pub use create::{CreateOptions, OptionError, Preallocation, create};
 pub use error::{BitmapsFault, Corruption, DirectoryFault, EntryFault, Error, NameAt, Result, Table};
 pub use extension::{
