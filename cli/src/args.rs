@@ -43,6 +43,7 @@ pub enum Key {
     BackingChain,
     ForceShare,
     Output,
+    Repair,
     Size,
     Strict,
     SecondFormat,

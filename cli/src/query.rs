@@ -2,7 +2,7 @@
 
 use instar_guest_protocol::message::request::Operation;
 use instar_guest_protocol::message::{
-    Cause, Failure, FileRole, MapRun, OpenFile, Progress, Request, Source, Step, reply,
+    Cause, CheckFinding, Failure, FileRole, MapRun, OpenFile, Progress, Request, Source, Step, reply,
 };
 
 use crate::commands::Settings;
@@ -36,6 +36,11 @@ pub trait Listener {
     fn progress(&mut self, progress: &Progress) {
         let _ = progress;
     }
+
+    /// Faults of an image, of `check`.
+    fn findings(&mut self, findings: &[CheckFinding]) {
+        let _ = findings;
+    }
 }
 
 /// Nobody listens.
@@ -43,41 +48,61 @@ pub struct Silence;
 
 impl Listener for Silence {}
 
-/// Opens the images and runs the request made of them. `allocated` of a [`MapRequest`] is the first image's.
-///
-/// [`MapRequest`]: instar_guest_protocol::message::MapRequest
-///
-/// # Errors
-/// See [`Unanswered`].
-pub fn ask(
-    settings: &Settings,
-    images: &[&ImageSpec],
-    force_share: bool,
-    work: Work,
-    request: impl FnOnce(&[Source], u64) -> Operation,
-    listener: &mut dyn Listener,
-) -> Result<reply::Result, Unanswered> {
-    let mut machine = Vm::spawn(guest::QUERY, &settings.limits, work).map_err(Unanswered::Lost)?;
-    let mut files = Files::new(settings.confinement().map_err(Unanswered::Lost)?);
-    let access = Access { purpose: Purpose::Read, force_share };
-    let mut sources = Vec::new();
-    for spec in images {
-        let device = files.open_named(&mut machine, spec, access).map_err(|problem| unopened(spec, problem))?;
-        sources.push(settings.source_of(device, spec));
-    }
-    let allocated =
-        sources.first().and_then(|first| files.get(first.device)).map_or(0, |record| record.file.stat.allocated);
-    let operation = request(&sources, allocated);
-    let mut host = QueryHost { files, access, listener };
-    let result = sandbox::run(&mut machine, &Request { operation: Some(operation) }, &mut host);
-    match result.map_err(Unanswered::Lost)? {
-        reply::Result::Failure(failure) if failure.step() == Step::Open => {
-            let (device, problem) = opening(&host.files, &failure);
-            let spec = sources.iter().zip(images).find(|(source, _)| source.device == device);
-            Err(spec.map_or_else(|| Unanswered::Lost(problem.clone()), |(_, spec)| unopened(spec, problem.clone())))
+/// The images, and how they are opened.
+#[derive(Clone, Copy, Debug)]
+pub struct Query<'a> {
+    /// Settings of the run.
+    pub settings: &'a Settings,
+    /// The images.
+    pub images: &'a [&'a ImageSpec],
+    /// `-U`.
+    pub force_share: bool,
+    /// They may be written.
+    pub writable: bool,
+    /// What kind of work it is.
+    pub work: Work,
+}
+
+impl Query<'_> {
+    /// Opens the images and runs the request made of them and of the disk space that the first one's file takes, in bytes.
+    ///
+    /// # Errors
+    /// See [`Unanswered`].
+    pub fn ask(
+        &self,
+        request: impl FnOnce(&[Source], u64) -> Operation,
+        listener: &mut dyn Listener,
+    ) -> Result<reply::Result, Unanswered> {
+        let Self { settings, images, force_share, writable, work } = *self;
+        let mut machine = Vm::spawn(guest::QUERY, &settings.limits, work).map_err(Unanswered::Lost)?;
+        let mut files = Files::new(settings.confinement().map_err(Unanswered::Lost)?);
+        let access = Access { purpose: Purpose::Read, force_share };
+        let mut sources = Vec::new();
+        for spec in images {
+            let device = match writable {
+                true if force_share => Err(Problem::new("force-share=on can only be used with read-only images")),
+                true => files.open_to_change(&mut machine, spec),
+                false => files.open_named(&mut machine, spec, access),
+            };
+            let device = device.map_err(|problem| unopened(spec, problem))?;
+            sources.push(settings.source_of(device, spec));
         }
-        reply::Result::Failure(failure) => Err(Unanswered::Failed(failure)),
-        result => Ok(result),
+        let first = sources.first().and_then(|first| files.get(first.device));
+        let operation = request(&sources, first.map_or(0, |record| record.file.stat.allocated));
+        let mut host = QueryHost { files, access, listener };
+        let result = sandbox::run(&mut machine, &Request { operation: Some(operation) }, &mut host);
+        match result.map_err(Unanswered::Lost)? {
+            reply::Result::Failure(failure) if failure.step() == Step::Open => {
+                let (device, problem) = opening(&host.files, &failure);
+                let spec = sources.iter().zip(images).find(|(source, _)| source.device == device);
+                Err(match spec {
+                    Some((_, spec)) => unopened(spec, problem),
+                    None => Unanswered::Lost(problem),
+                })
+            }
+            reply::Result::Failure(failure) => Err(Unanswered::Failed(failure)),
+            result => Ok(result),
+        }
     }
 }
 
@@ -119,5 +144,9 @@ impl Host for QueryHost<'_> {
 
     fn runs(&mut self, runs: &[MapRun]) {
         self.listener.runs(&self.files, runs);
+    }
+
+    fn findings(&mut self, findings: &[CheckFinding]) {
+        self.listener.findings(findings);
     }
 }

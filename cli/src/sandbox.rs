@@ -4,7 +4,7 @@ use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use instar_guest_protocol::message::{
-    Call, Failure, MapRun, OpenAnswer, OpenFile, Progress, Reply, Request, call, reply,
+    Call, CheckFinding, Failure, MapRun, OpenAnswer, OpenFile, Progress, Reply, Request, call, reply,
 };
 use instar_vmm::{Error, Event, NbdExport, Sandbox, Settings};
 use prost::Message;
@@ -221,6 +221,11 @@ pub trait Host {
     /// Tells the user something.
     fn warning(&mut self, warning: &Failure);
 
+    /// Takes faults of an image.
+    fn findings(&mut self, findings: &[CheckFinding]) {
+        let _ = findings;
+    }
+
     /// Takes runs of a disk.
     fn runs(&mut self, runs: &[MapRun]) {
         let _ = runs;
@@ -264,6 +269,10 @@ pub fn run(machine: &mut dyn Machine, request: &Request, host: &mut dyn Host) ->
             }
             call::Kind::Runs(runs) => {
                 host.runs(&runs.runs);
+                Vec::new()
+            }
+            call::Kind::Findings(findings) => {
+                host.findings(&findings.findings);
                 Vec::new()
             }
             call::Kind::Done(Reply { result: done }) => {

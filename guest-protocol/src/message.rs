@@ -10,7 +10,7 @@ use alloc::vec::Vec;
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Request {
     /// The operation.
-    #[prost(oneof = "request::Operation", tags = "1, 2, 3, 4, 5, 6, 10, 11, 12, 20, 21, 22, 23")]
+    #[prost(oneof = "request::Operation", tags = "1, 2, 3, 4, 5, 6, 7, 10, 11, 12, 20, 21, 22, 23")]
     pub operation: Option<request::Operation>,
 }
 
@@ -37,6 +37,9 @@ pub mod request {
         /// Count what of a disk has to be stored.
         #[prost(message, tag = "6")]
         Measure(super::MeasureRequest),
+        /// Check an image, and repair it.
+        #[prost(message, tag = "7")]
+        Check(super::CheckRequest),
         /// Make, apply or delete an internal snapshot.
         #[prost(message, tag = "10")]
         Snapshot(super::SnapshotRequest),
@@ -320,6 +323,147 @@ pub struct MeasureReply {
     /// The image's format.
     #[prost(enumeration = "Format", tag = "5")]
     pub format: i32,
+}
+
+/// Check an image, and repair it. To be repaired its file must be writable.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct CheckRequest {
+    /// The image.
+    #[prost(message, required, tag = "1")]
+    pub image: Source,
+    /// Give back what nothing refers to.
+    #[prost(bool, tag = "2")]
+    pub leaks: bool,
+    /// Correct what contradicts itself.
+    #[prost(bool, tag = "3")]
+    pub corruptions: bool,
+}
+
+/// Faults, in order.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct CheckFindings {
+    /// The faults.
+    #[prost(message, repeated, tag = "1")]
+    pub findings: Vec<CheckFinding>,
+}
+
+/// A fault of an image.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct CheckFinding {
+    /// Which.
+    #[prost(enumeration = "FindingKind", tag = "1")]
+    pub kind: i32,
+    /// It is repaired.
+    #[prost(bool, tag = "2")]
+    pub repaired: bool,
+    /// What the kind says.
+    #[prost(uint64, tag = "3")]
+    pub first: u64,
+    /// Likewise.
+    #[prost(uint64, tag = "4")]
+    pub second: u64,
+    /// Likewise.
+    #[prost(uint64, tag = "5")]
+    pub third: u64,
+}
+
+/// Kinds of faults; those with a number of clusters or a table are of qcow2.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum FindingKind {
+    /// A fault of another format: `first` = a place or number in it.
+    Other = 0,
+    /// A range behind the end of the file: `first` = offset, `second` = length.
+    BehindEnd = 1,
+    /// Too many references: `first` = offset.
+    CountOverflow = 2,
+    /// `first` = L1 entry.
+    L1Reserved = 3,
+    /// `first` = offset of the L2 table.
+    L2Unaligned = 4,
+    /// `first` = L2 entry.
+    L2Reserved = 5,
+    /// `first` = offset of the stream.
+    CompressedCopied = 6,
+    /// `first` = number of the entry, `second` = entry.
+    CompressedInDataFile = 7,
+    /// `first` = number of the entry, `second` = entry.
+    CompressedSubclusters = 8,
+    /// `first` = offset, `second` = 1: reads as zero.
+    ClusterUnaligned = 9,
+    /// `first` = number of the entry.
+    RefcountTableReserved = 10,
+    /// `first` = number of the block.
+    BlockUnaligned = 11,
+    /// `first` = number of the block.
+    BlockOutside = 12,
+    /// `first` = number of the block, `second` = references.
+    BlockShared = 13,
+    /// `first` = cluster, `second` = count, `third` = references.
+    Count = 14,
+    /// `first` = number of the entry, `second` = entry, `third` = count.
+    CopiedTable = 15,
+    /// `first` = entry, `second` = count.
+    CopiedCluster = 16,
+    /// The refcount structures are made anew.
+    Rebuilding = 17,
+    /// They would have to be.
+    RebuildNeeded = 18,
+}
+
+/// What a check came to.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct CheckReply {
+    /// The image's format.
+    #[prost(enumeration = "Format", tag = "1")]
+    pub format: i32,
+    /// The format can be checked, and repaired if asked for.
+    #[prost(bool, tag = "2")]
+    pub supported: bool,
+    /// The numbers; after a repair, of a second check.
+    #[prost(message, optional, tag = "3")]
+    pub numbers: Option<CheckNumbers>,
+    /// What was repaired before.
+    #[prost(message, optional, tag = "4")]
+    pub repaired: Option<CheckNumbers>,
+    /// The repair was not possible with what was allowed.
+    #[prost(bool, tag = "5")]
+    pub refused: bool,
+}
+
+/// Numbers of a check.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct CheckNumbers {
+    /// Faults not repaired.
+    #[prost(uint64, tag = "1")]
+    pub corruptions: u64,
+    /// Faults repaired.
+    #[prost(uint64, tag = "2")]
+    pub corruptions_fixed: u64,
+    /// Clusters that nothing refers to.
+    #[prost(uint64, tag = "3")]
+    pub leaks: u64,
+    /// Those given back.
+    #[prost(uint64, tag = "4")]
+    pub leaks_fixed: u64,
+    /// Parts that could not be checked.
+    #[prost(uint64, tag = "5")]
+    pub check_errors: u64,
+    /// Where the image ends in its file, bytes.
+    #[prost(uint64, optional, tag = "6")]
+    pub image_end: Option<u64>,
+    /// Clusters of the disk, 0 if the format does not tell.
+    #[prost(uint64, tag = "7")]
+    pub total_clusters: u64,
+    /// Those that have a place.
+    #[prost(uint64, tag = "8")]
+    pub allocated_clusters: u64,
+    /// Those not behind the one before.
+    #[prost(uint64, tag = "9")]
+    pub fragmented_clusters: u64,
+    /// Those stored compressed.
+    #[prost(uint64, tag = "10")]
+    pub compressed_clusters: u64,
 }
 
 /// Copy images.
@@ -828,7 +972,7 @@ pub enum Preallocation {
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Call {
     /// The message.
-    #[prost(oneof = "call::Kind", tags = "1, 2, 3, 4, 5, 6")]
+    #[prost(oneof = "call::Kind", tags = "1, 2, 3, 4, 5, 6, 7")]
     pub kind: Option<call::Kind>,
 }
 
@@ -856,6 +1000,9 @@ pub mod call {
         /// Runs of a disk, of [`MapRequest`](super::MapRequest).
         #[prost(message, tag = "6")]
         Runs(super::MapRuns),
+        /// What [`CheckRequest`](super::CheckRequest) found.
+        #[prost(message, tag = "7")]
+        Findings(super::CheckFindings),
     }
 }
 
@@ -938,7 +1085,7 @@ pub struct Progress {
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Reply {
     /// Result or failure.
-    #[prost(oneof = "reply::Result", tags = "1, 2, 3, 4, 5, 6, 7, 10")]
+    #[prost(oneof = "reply::Result", tags = "1, 2, 3, 4, 5, 6, 7, 8, 10")]
     pub result: Option<reply::Result>,
 }
 
@@ -968,6 +1115,9 @@ pub mod reply {
         /// Of [`MeasureRequest`](super::MeasureRequest).
         #[prost(message, tag = "7")]
         Measure(super::MeasureReply),
+        /// Of [`CheckRequest`](super::CheckRequest), after all findings.
+        #[prost(message, tag = "8")]
+        Check(super::CheckReply),
         /// Of [`SnapshotRequest`](super::SnapshotRequest), [`BitmapRequest`](super::BitmapRequest) and
         /// [`AmendRequest`](super::AmendRequest).
         #[prost(message, tag = "10")]

@@ -212,6 +212,7 @@ fn requests_are_the_same() {
             progress: true,
         }),
         Operation::Measure(m::MeasureRequest { image: source(), cluster_size: 65536 }),
+        Operation::Check(m::CheckRequest { image: source(), leaks: true, corruptions: true }),
         Operation::Snapshot(m::SnapshotRequest {
             image: source(),
             action: m::SnapshotAction::Apply.into(),
@@ -287,6 +288,21 @@ fn requests_are_the_same() {
     }
 }
 
+fn numbers() -> m::CheckNumbers {
+    m::CheckNumbers {
+        corruptions: 1,
+        corruptions_fixed: 2,
+        leaks: 3,
+        leaks_fixed: 4,
+        check_errors: 5,
+        image_end: Some(6),
+        total_clusters: 7,
+        allocated_clusters: 8,
+        fragmented_clusters: 9,
+        compressed_clusters: 10,
+    }
+}
+
 #[test]
 fn calls_and_answers_are_the_same() {
     use m::call::Kind as Call;
@@ -324,6 +340,22 @@ fn calls_and_answers_are_the_same() {
             }],
         }),
         done(Reply::Create(m::CreateReply { virtual_size: 1 })),
+        Call::Findings(m::CheckFindings {
+            findings: vec![m::CheckFinding {
+                kind: m::FindingKind::Count.into(),
+                repaired: true,
+                first: 1,
+                second: 2,
+                third: 3,
+            }],
+        }),
+        done(Reply::Check(m::CheckReply {
+            format: m::Format::Qcow2.into(),
+            supported: true,
+            numbers: Some(numbers()),
+            repaired: Some(numbers()),
+            refused: true,
+        })),
         done(Reply::Map(m::MapReply { virtual_size: 1 })),
         done(Reply::Compare(m::CompareReply { first_size: 1, second_size: 2, mismatch: Some(3), allocation: true })),
         done(Reply::Measure(m::MeasureReply {
@@ -381,7 +413,8 @@ fn enums_are_the_same() {
     assert_enum::<m::SizeChange>(&pool, "SizeChange");
     assert_enum::<m::ResizeRefusal>(&pool, "ResizeRefusal");
     assert_enum::<m::OptionError>(&pool, "OptionError");
+    assert_enum::<m::FindingKind>(&pool, "FindingKind");
     assert_enum::<m::FormatFault>(&pool, "FormatFault");
     assert_enum::<m::VmdkFault>(&pool, "VmdkFault");
-    assert_eq!(pool.all_enums().count(), 16, "an enum without a check");
+    assert_eq!(pool.all_enums().count(), 17, "an enum without a check");
 }

@@ -14,7 +14,7 @@ use crate::output::json;
 use crate::output::node::Node;
 use crate::output::progress::ProgressLine;
 use crate::program::{Fail, Outcome, Program, print};
-use crate::query::{self, Listener, Unanswered};
+use crate::query::{Listener, Query, Unanswered};
 use crate::sandbox::Work;
 
 /// qemu-img's options, in getopt's order.
@@ -130,11 +130,10 @@ fn compare(
     let cpus = thread::available_parallelism().map_or(1, usize::from).min(THREADS);
     let threads = settings.limits.threads.unwrap_or(cpus as u32);
     let visible = progress.0.is_visible();
-    let answer = query::ask(
-        settings,
-        &[first, second],
-        arguments.force_share,
-        Work::Data(threads),
+    let images = &[first, second];
+    let query =
+        Query { settings, images, force_share: arguments.force_share, writable: false, work: Work::Data(threads) };
+    let answer = query.ask(
         |sources, _| {
             let [first, second] = [sources[0].clone(), sources[1].clone()];
             Operation::Compare(CompareRequest { first, second, strict: arguments.strict, threads, progress: visible })

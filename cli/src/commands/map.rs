@@ -13,7 +13,7 @@ use crate::image_opts::ImageSpec;
 use crate::messages;
 use crate::problem::{Problem, os_text, printable};
 use crate::program::{Fail, Outcome, Program};
-use crate::query::{self, Listener, Unanswered};
+use crate::query::{Listener, Query, Unanswered};
 use crate::sandbox::Work;
 use crate::size;
 use crate::version::QemuVersion;
@@ -72,11 +72,15 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
     let output = arguments.output.unwrap_or(settings.output);
     let mut listing = Listing::new(output, settings.qemu_version);
     let (start, max_length) = (arguments.start, arguments.max_length);
-    let answer = query::ask(
-        &settings,
-        &[&image],
-        arguments.force_share,
-        Work::Metadata,
+    let images = &[&image];
+    let query = Query {
+        settings: &settings,
+        images,
+        force_share: arguments.force_share,
+        writable: false,
+        work: Work::Metadata,
+    };
+    let answer = query.ask(
         |sources, allocated| Operation::Map(MapRequest { image: sources[0].clone(), start, max_length, allocated }),
         &mut listing,
     );

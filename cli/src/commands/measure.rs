@@ -16,7 +16,7 @@ use crate::options::{self, OptionList, Options};
 use crate::output::json;
 use crate::output::node::Node;
 use crate::program::{Fail, Outcome, Program, print};
-use crate::query::{self, Silence, Unanswered};
+use crate::query::{Query, Silence, Unanswered};
 use crate::sandbox::Work;
 use crate::size;
 
@@ -120,11 +120,9 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
 }
 
 fn ask(settings: &Settings, arguments: &Arguments, image: &ImageSpec, layout: &Layout) -> Result<MeasureReply, Fail> {
-    let answer = query::ask(
-        settings,
-        &[image],
-        arguments.force_share,
-        Work::Metadata,
+    let images = &[image];
+    let query = Query { settings, images, force_share: arguments.force_share, writable: false, work: Work::Metadata };
+    let answer = query.ask(
         |sources, _| {
             let mut image = sources[0].clone();
             image.snapshot = arguments.snapshot.clone();

@@ -3,6 +3,7 @@
 pub mod amend;
 pub mod bench;
 pub mod bitmap;
+pub mod check;
 pub mod commit;
 pub mod compare;
 pub mod convert;
@@ -80,12 +81,12 @@ pub fn run(program: &Program, settings: Settings, name: &str, args: &[String]) -
         "rebase" => rebase::run(program, settings, args),
         "resize" => resize::run(program, settings, args),
         "amend" => amend::run(program, settings, args),
+        "check" => check::run(program, settings, args),
         "compare" => compare::run(program, settings, args),
         "map" => map::run(program, settings, args),
         "measure" => measure::run(program, settings, args),
         "bitmap" => bitmap::run(program, settings, args),
         "snapshot" => snapshot::run(program, settings, args),
-        "check" => Err(Fail::from(format!("The command '{name}' is not provided by this version"))),
         _ => return None,
     })
 }

@@ -70,6 +70,7 @@ pub fn serve_query<P: Platform>(platform: &P, request: &[u8]) {
         Some(match operation {
             Operation::Map(request) => query::map::run(platform, &request).map(reply::Result::Map),
             Operation::Compare(request) => query::compare::run(platform, &request).map(reply::Result::Compare),
+            Operation::Check(request) => query::check::run(platform, &request).map(reply::Result::Check),
             Operation::Measure(request) => query::measure::run(platform, &request).map(reply::Result::Measure),
             _ => return None,
         })

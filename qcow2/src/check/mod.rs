@@ -100,11 +100,6 @@ pub enum Finding {
         /// How often it is referred to.
         count: u64,
     },
-    /// A count that can't be read.
-    CountUnreadable {
-        /// The cluster.
-        cluster: u64,
-    },
     /// A count that is not the number of references.
     Count {
         /// The cluster.
@@ -158,7 +153,6 @@ impl fmt::Display for Finding {
             Self::BlockUnaligned { index } => write!(f, "refcount block {index} does not begin with a cluster"),
             Self::BlockOutside { index } => write!(f, "refcount block {index} lies behind the end of the file"),
             Self::BlockShared { index, count } => write!(f, "refcount block {index} is referred to {count} times"),
-            Self::CountUnreadable { cluster } => write!(f, "the count of cluster {cluster} can't be read"),
             Self::Count { cluster, stored, referenced, .. } => {
                 write!(f, "cluster {cluster} has count {stored} and {referenced} references")
             }

@@ -1,6 +1,6 @@
 //! Repairs: counts one by one where that is enough, the whole refcount structure otherwise.
 
-use alloc::collections::BTreeMap;
+use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::vec::Vec;
 
 use instar_blockio::check::{CheckReport, Repair};
@@ -110,7 +110,9 @@ fn rebuild<D: BlockRead, W: BlockWrite>(checker: &mut Checker<'_, D>, file: &mut
             return Err(crate::Error::ImageTooBig(header.virtual_size));
         }
         let place = free_run(checker, next, wanted);
-        (place..place + wanted).for_each(|number| drop(checker.counts.add(number)));
+        for number in place..place + wanted {
+            checker.counts.add(number);
+        }
         assign_blocks(checker, &mut blocks, &mut next);
         let entries = blocks.keys().next_back().map_or(1, |last| last + 1);
         if entries * 8 <= wanted * cluster {
@@ -150,7 +152,7 @@ fn assign_blocks<D: BlockRead>(checker: &mut Checker<'_, D>, blocks: &mut BTreeM
     loop {
         let pages: Vec<u64> = checker.counts.pages().collect();
         let numbers = pages.iter().flat_map(|page| page / per_block..=(page + REACH - 1) / per_block);
-        let missing: Vec<u64> = numbers
+        let missing: BTreeSet<u64> = numbers
             .filter(|number| !blocks.contains_key(number))
             .filter(|number| is_used(checker, number * per_block, per_block))
             .collect();
@@ -158,12 +160,10 @@ fn assign_blocks<D: BlockRead>(checker: &mut Checker<'_, D>, blocks: &mut BTreeM
             return;
         }
         for number in missing {
-            if !blocks.contains_key(&number) {
-                let place = checker.counts.first_free(*next);
-                checker.counts.add(place);
-                blocks.insert(number, place);
-                *next = place + 1;
-            }
+            let place = checker.counts.first_free(*next);
+            checker.counts.add(place);
+            blocks.insert(number, place);
+            *next = place + 1;
         }
     }
 }

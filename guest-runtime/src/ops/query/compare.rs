@@ -143,9 +143,9 @@ impl<P: Platform> Plan<P> {
             // At the beginning of a piece, runs of zeroes are taken as long as they are.
             let room = if at == start { end - at } else { stop - at };
             let mut runs = [None, None];
-            for side in 0..2 {
+            for (side, run) in runs.iter_mut().enumerate() {
                 match self.status(side, at, room) {
-                    Ok(status) => runs[side] = status,
+                    Ok(status) => *run = status,
                     Err(error) => {
                         self.failed(Fault { step: Step::Map, offset: at, side, error });
                         return (at > start).then(|| Piece { offset: start, len: at - start, extents });
