@@ -20,9 +20,10 @@ mod vmdk;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 
+use instar_blockio::check::CheckReport;
 use instar_blockio::{BlockAlloc, BlockRead, BlockWrite, Codec, FileId, Layer, ReadPart};
 use instar_guest_protocol::message::{
-    Cause, Failure, Format, ImageInfo, OptionError, Reference, SnapshotSelector, Source, Step, Target,
+    Cause, CheckFinding, Failure, Format, ImageInfo, OptionError, Reference, SnapshotSelector, Source, Step, Target,
 };
 
 use self::target::TargetDisk;
@@ -83,6 +84,15 @@ pub trait OpenImage<P: Platform>: Send {
     /// # Errors
     /// No such snapshot, or one that can't be read.
     fn select_snapshot(&mut self, selector: &SnapshotSelector) -> Result<(), Failure>;
+
+    /// Checks the image, where that needs more than its main file; `None`: it does not, or can't be checked.
+    ///
+    /// # Errors
+    /// Tables that can't be read.
+    fn check(&self, found: &mut dyn FnMut(CheckFinding)) -> Option<Result<CheckReport, Failure>> {
+        let _ = found;
+        None
+    }
 
     /// The image as a layer of a chain.
     fn into_layer(self: Box<Self>) -> Box<dyn Layer>;

@@ -4,10 +4,11 @@ use alloc::boxed::Box;
 use alloc::string::String;
 use alloc::vec::Vec;
 
+use instar_blockio::check::CheckReport;
 use instar_blockio::{Codec, FileId, Layer};
 use instar_guest_protocol::message::{
-    Cause, Failure, FileRole, Format, ImageInfo, Reference, SnapshotSelector, Step, Target, VmdkExtent, VmdkFault,
-    VmdkInfo,
+    Cause, CheckFinding, Failure, FileRole, Format, ImageInfo, Reference, SnapshotSelector, Step, Target, VmdkExtent,
+    VmdkFault, VmdkInfo,
 };
 use instar_vmdk::{
     CreateOptions, Error, ExtentType, GRAIN, Image, OpenOptions, Subformat, Writer, create as create_vmdk,
@@ -54,6 +55,12 @@ impl<P: Platform> OpenImage<P> for Vmdk<P> {
         let name = self.image.parent_name()?.to_vec();
         // Only such an image can be a parent.
         Some(Backing { names: alloc::vec![name], driver: Some(b"vmdk".to_vec()) })
+    }
+
+    fn check(&self, found: &mut dyn FnMut(CheckFinding)) -> Option<Result<CheckReport, Failure>> {
+        let report = instar_vmdk::check(&self.image, &mut |_| found(CheckFinding::default()));
+        let report = report.map_err(|error| failure(Step::Map, self.id, error));
+        Some(report.map(|report| CheckReport { corruptions: report.corruptions, ..CheckReport::default() }))
     }
 
     fn check_backing(&self, parent: &dyn OpenImage<P>) -> Result<(), Failure> {

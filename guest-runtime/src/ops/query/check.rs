@@ -30,7 +30,8 @@ const MOST: usize = 200_000;
 pub fn run<P: Platform>(platform: &P, request: &CheckRequest) -> Result<CheckReply, Failure> {
     let source = &request.image;
     let id = FileId(source.device);
-    let format = open_named(platform, source)?.format();
+    let image = open_named(platform, source)?;
+    let format = image.format();
     let repair = Repair { leaks: request.leaks, corruptions: request.corruptions };
     let repairs = repair != Repair::default();
     let mut listener = Listener { platform, pending: Vec::new(), told: 0 };
@@ -42,7 +43,10 @@ pub fn run<P: Platform>(platform: &P, request: &CheckRequest) -> Result<CheckRep
         Format::Parallels => check.parallels(repair, &mut listener)?,
         Format::Vdi if !repairs => Some(check.vdi(&mut listener)?),
         Format::Vhdx if !repairs => Some(check.vhdx(&mut listener)?),
-        _ => return Ok(CheckReply { supported: false, ..reply }),
+        _ => match image.check(&mut |finding| listener.tell(finding)).filter(|_| !repairs) {
+            Some(report) => Some(report?),
+            None => return Ok(CheckReply { supported: false, ..reply }),
+        },
     };
     listener.send();
     let Some(first) = first else { return Ok(CheckReply { refused: true, ..reply }) };
