@@ -20,6 +20,7 @@ pub fn driver(name: &str) -> Option<Driver> {
             Format::Raw
             | Format::Qcow2
             | Format::Vhdx
+            | Format::Vpc
             | Format::File
             | Format::Qcow
             | Format::Qed

@@ -1,6 +1,6 @@
 //! Which image the operator means: a file name with `-f`, an `--image-opts` list, or a `json:` file name.
 
-use instar_guest_protocol::message::Format;
+use instar_guest_protocol::message::{Format, VhdSize};
 use serde_json::Value;
 
 use crate::formats::{self, Driver};
@@ -27,6 +27,8 @@ pub struct ImageSpec {
     pub nbd: Option<Address>,
     /// A key for an encrypted image was named.
     pub has_key: bool,
+    /// Which size of a VHD counts.
+    pub vhd_size: VhdSize,
 }
 
 impl ImageSpec {
@@ -107,13 +109,23 @@ impl ImageSpec {
             force_share: false,
             nbd: None,
             has_key: false,
+            vhd_size: VhdSize::ByCreator,
         })
     }
 
     fn of_nbd(given: &str, address: Address, format: Format, has_key: bool) -> Self {
         let shown = address.shown();
         let (given, file) = (given.to_owned(), shown.clone());
-        Self { given, file, shown, format, force_share: false, nbd: Some(address), has_key }
+        Self {
+            given,
+            file,
+            shown,
+            format,
+            force_share: false,
+            nbd: Some(address),
+            has_key,
+            vhd_size: VhdSize::ByCreator,
+        }
     }
 
     fn of_keys(given: &str, keys: &[(String, String)]) -> Result<Self, Problem> {
@@ -135,6 +147,7 @@ struct Keys {
     own_name: Option<String>,
     encryption: Vec<(String, String)>,
     unshared: bool,
+    size_calc: Option<String>,
     force_share: bool,
     unknown: Option<String>,
     unknown_of_file: Option<String>,
@@ -180,6 +193,8 @@ impl Keys {
     fn take_of_format(&mut self, key: &str, value: &str) {
         if key.starts_with("encrypt.") || key == "key-secret" {
             self.encryption.push((key.to_owned(), value.to_owned()));
+        } else if key == "force_size_calc" {
+            self.size_calc = Some(value.to_owned());
         } else if NOT_PROVIDED.contains(&key) || key.starts_with("data-file.") {
             self.refused = Some(key.to_owned());
         } else if !OF_QCOW2.contains(&key) && !key.starts_with("overlap-check") {
@@ -228,7 +243,8 @@ impl Keys {
         let file = named.filter(|name| !name.is_empty());
         let file = file.ok_or_else(|| Problem::new("The 'file' block driver requires a file name"))?;
         let format_name = driver.unwrap_or("raw");
-        let unknown = self.unknown.as_deref().or(self
+        let vhd_only = self.size_calc.as_ref().filter(|_| format != Format::Vpc).and(Some("force_size_calc"));
+        let unknown = self.unknown.as_deref().or(vhd_only).or(self
             .own_name
             .as_deref()
             .filter(|_| format != Format::File)
@@ -243,14 +259,24 @@ impl Keys {
             return Err(Problem::new(format!("The option '{key}' is not provided by this version")));
         }
         let has_key = self.has_key();
+        let vhd_size = match self.size_calc.as_deref() {
+            None => VhdSize::ByCreator,
+            Some("chs") => VhdSize::Geometry,
+            Some("current_size") => VhdSize::Current,
+            Some(word) => return Err(Problem::new(format!("Invalid size calculation mode: '{word}'"))),
+        };
+        let mut strong = self.encryption;
+        strong.extend(self.size_calc.map(|value| ("force_size_calc".to_owned(), value)));
+        let is_plain = !has_key && vhd_size == VhdSize::ByCreator;
         Ok(ImageSpec {
             given: given.to_owned(),
             file: file.to_owned(),
-            shown: if has_key { json_name(&self.encryption, driver, file) } else { file.to_owned() },
+            shown: if is_plain { file.to_owned() } else { json_name(&strong, driver, file) },
             format,
             force_share: self.force_share || self.unshared,
             nbd: None,
             has_key,
+            vhd_size,
         })
     }
 }
@@ -390,6 +416,11 @@ mod tests {
         for (text, want) in [
             ("a.raw", "Cannot find device='a.raw' nor node-name='a.raw'"),
             ("driver=raw", "A block device must be specified for \"file\""),
+            (
+                "driver=raw,file.filename=a,force_size_calc=chs",
+                "Block format 'raw' does not support the option 'force_size_calc'",
+            ),
+            ("driver=vpc,file.filename=a,force_size_calc=x", "Invalid size calculation mode: 'x'"),
             ("driver=foo,file.filename=a", "Unknown driver 'foo'"),
             ("driver=qcow2,file.filename=a,foo=1", "Block format 'qcow2' does not support the option 'foo'"),
             ("driver=raw,filename=a,file.filename=a", "Block format 'raw' does not support the option 'filename'"),

@@ -122,6 +122,9 @@ pub fn work_failure(failure: &Failure) -> Problem {
 /// Something that does not end the run.
 pub fn warning(failure: &Failure) -> String {
     match failure.cause() {
+        Cause::FooterCopyUsed => {
+            "The footer at the beginning of the VHD image is damaged, the one at its end was used".to_owned()
+        }
         Cause::UnreadableChunks => legacy::unreadable_chunks(failure.value),
         Cause::BitmapInconsistent => format!("Skipping inconsistent bitmap '{}'", printable(&failure.text)),
         _ => format!("error while reading offset {}: {}", failure.value, io_reason(failure)),
@@ -249,6 +252,20 @@ fn field(failure: &Failure) -> String {
         }
         Field::VhdxBlockOverlap => return format!("The block of VHDX BAT entry {value} overlaps with a region"),
         Field::VhdxBlockBitmap => return format!("The block of VHDX BAT entry {value} has no sector bitmap"),
+        Field::VhdTooShort => "File too small for a VHD header",
+        Field::VhdChecksum => "Incorrect header checksum",
+        Field::VhdDiskType => return format!("Unknown VHD disk type {value}"),
+        Field::VhdHeader => "Error reading dynamic VHD header",
+        Field::VhdHeaderMark => "Invalid header magic",
+        Field::VhdBlockSize => return format!("Invalid block size {value}"),
+        Field::VhdTableTooSmall => "Page table too small",
+        Field::VhdTableTooLarge => return format!("Max Table Entries too large ({value})"),
+        Field::VhdTablePlace => "Error reading pagetable",
+        Field::VhdTruncated => {
+            "block-vpc: free_data_block_offset points after the end of file. The image has been truncated."
+        }
+        Field::VhdDifferencingWrite => "Differencing VHD images can't be written by this version",
+        Field::VhdSize => "File too large",
         Field::VhdxDifferencingWrite => "Differencing VHDX images can't be written by this version",
         // A field that is newer than this table.
         _ => "A header field is invalid",

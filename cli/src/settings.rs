@@ -150,12 +150,13 @@ impl Settings {
             known_only: self.require_known_raw,
             follow_probed: self.unsafe_quirks,
             named_dmg: false,
+            vhd_size: 0,
         }
     }
 
     /// Likewise, with what the image's name says of its format.
     pub fn source_of(&self, device: u32, spec: &ImageSpec) -> Source {
-        Source { named_dmg: spec.is_named_dmg(), ..self.source(device, spec.format) }
+        Source { named_dmg: spec.is_named_dmg(), vhd_size: spec.vhd_size.into(), ..self.source(device, spec.format) }
     }
 
     /// How progress is shown. `asked`: `-p`; `quiet`: `-q`.

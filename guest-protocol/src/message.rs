@@ -89,6 +89,21 @@ pub struct Source {
     /// If the format is to be found out: the file's name makes it an Apple disk image, unless its bytes say otherwise.
     #[prost(bool, tag = "20")]
     pub named_dmg: bool,
+    /// Of a VHD.
+    #[prost(enumeration = "VhdSize", tag = "40")]
+    pub vhd_size: i32,
+}
+
+/// Which size of a VHD counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum VhdSize {
+    /// By the program that made the image.
+    ByCreator = 0,
+    /// The geometry, unless it is the largest.
+    Geometry = 1,
+    /// The recorded size.
+    Current = 2,
 }
 
 /// Names an internal snapshot. Empty fields do not restrict.
@@ -830,6 +845,9 @@ pub struct Target {
     /// VMDK creation options.
     #[prost(message, optional, tag = "40")]
     pub vmdk: Option<VmdkOptions>,
+    /// VHD creation options.
+    #[prost(message, optional, tag = "50")]
+    pub vhd: Option<VhdOptions>,
 }
 
 /// A backing image to record in a new image.
@@ -932,6 +950,20 @@ pub struct ParallelsOptions {
     /// Bytes.
     #[prost(uint64, optional, tag = "1")]
     pub cluster_size: Option<u64>,
+}
+
+/// VHD creation options.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct VhdOptions {
+    /// The disk lies in one piece.
+    #[prost(bool, tag = "1")]
+    pub fixed: bool,
+    /// The size is kept, not rounded to a geometry.
+    #[prost(bool, tag = "2")]
+    pub force_size: bool,
+    /// Time of creation, seconds since the year 2000.
+    #[prost(uint32, tag = "3")]
+    pub timestamp: u32,
 }
 
 /// VHDX creation options; absent ones take qemu-img's default.
@@ -1275,6 +1307,8 @@ pub enum Cause {
     UnreadableChunks = 81,
     /// The parent is another image, or was changed since; `text` = its identity as the child has it.
     ParentMismatch = 90,
+    /// The footer at the beginning of a VHD is damaged: the one at the end was used; a warning.
+    FooterCopyUsed = 95,
     /// Disks of `format` keep their size.
     ResizeUnsupported = 120,
     /// The disk can't get the wanted size: `value` = [`ResizeRefusal`].
@@ -1511,6 +1545,30 @@ pub enum Field {
     VhdxBlockBitmap = 95,
     /// VHDX: a differencing image is to be written.
     VhdxDifferencingWrite = 96,
+    /// VHD: the file is too short for a footer: `value2` = its bytes.
+    VhdTooShort = 140,
+    /// VHD: a footer with a wrong checksum, and no good copy.
+    VhdChecksum = 141,
+    /// VHD: disk type.
+    VhdDiskType = 142,
+    /// VHD: no dynamic header where it should be.
+    VhdHeader = 143,
+    /// VHD: mark of the dynamic header.
+    VhdHeaderMark = 144,
+    /// VHD: block size.
+    VhdBlockSize = 145,
+    /// VHD: the block allocation table is too small.
+    VhdTableTooSmall = 146,
+    /// VHD: the block allocation table is too large: `value2` = its entries.
+    VhdTableTooLarge = 147,
+    /// VHD: the block allocation table ends behind the file.
+    VhdTablePlace = 148,
+    /// VHD: a block ends behind the end of the file: `value2` = its number.
+    VhdTruncated = 149,
+    /// VHD: a differencing image is to be written.
+    VhdDifferencingWrite = 150,
+    /// VHD: the disk is larger than 2040 GiB: `value2` = sectors.
+    VhdSize = 151,
 }
 
 /// What is wrong with a bitmap directory ([`Field::BitmapDirectory`]).

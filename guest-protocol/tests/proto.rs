@@ -58,6 +58,7 @@ fn source() -> m::Source {
         known_only: true,
         follow_probed: true,
         named_dmg: true,
+        vhd_size: m::VhdSize::Current.into(),
     }
 }
 
@@ -98,6 +99,7 @@ fn target() -> m::Target {
             zeroed_grain: true,
             filled: true,
         }),
+        vhd: Some(m::VhdOptions { fixed: true, force_size: true, timestamp: 7 }),
     }
 }
 
@@ -400,6 +402,7 @@ fn screaming(camel: &str) -> String {
 fn enums_are_the_same() {
     let pool = pool();
     assert_enum::<m::Format>(&pool, "Format");
+    assert_enum::<m::VhdSize>(&pool, "VhdSize");
     assert_enum::<m::Preallocation>(&pool, "Preallocation");
     assert_enum::<m::FileRole>(&pool, "FileRole");
     assert_enum::<m::Step>(&pool, "Step");

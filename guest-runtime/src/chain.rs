@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 
 use instar_blockio::{FileId, Layer, MemBlock, Overlay};
 use instar_guest_protocol::limits::MAX_CHAIN_DEPTH;
-use instar_guest_protocol::message::{Cause, Failure, FileRole, Format, OpenFile, Source, Step};
+use instar_guest_protocol::message::{Cause, Failure, FileRole, Format, OpenFile, Source, Step, VhdSize};
 
 use crate::formats::{OpenImage, format_by_name, open_image, open_named};
 use crate::ops::failure::about;
@@ -162,7 +162,7 @@ pub(crate) fn open_backing<P: Platform>(
     // Judged and used is one opening: what is probed again might look different.
     let named_dmg = backing.names.iter().any(|name| name.ends_with(b".dmg"));
     let format = format_by_name(platform, below, recorded, named_dmg)?;
-    let mut found = open_image(platform, below, format, how.strict)?;
+    let mut found = open_image(platform, below, format, how.strict, VhdSize::ByCreator)?;
     if recorded == Format::Unknown && !how.follow_probed && !found.references().is_empty() {
         return Err(about(Step::Open, FileId(below), Cause::BackingFormatNeeded));
     }

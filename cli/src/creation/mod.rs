@@ -6,6 +6,7 @@ pub mod qcow2;
 pub mod qed;
 pub mod raw;
 pub mod vdi;
+pub mod vhd;
 pub mod vhdx;
 pub mod vmdk;
 
@@ -22,8 +23,17 @@ use crate::options::{Options, Spec};
 use crate::problem::Problem;
 
 /// All of them.
-static FORMATS: [Creatable; 8] =
-    [&raw::RAW, &qcow2::QCOW2, &vhdx::VHDX, &qcow::QCOW, &qed::QED, &vdi::VDI, &parallels::PARALLELS, &vmdk::VMDK];
+static FORMATS: [Creatable; 9] = [
+    &raw::RAW,
+    &qcow2::QCOW2,
+    &vhdx::VHDX,
+    &vhd::VPC,
+    &qcow::QCOW,
+    &qed::QED,
+    &vdi::VDI,
+    &parallels::PARALLELS,
+    &vmdk::VMDK,
+];
 
 /// A format that can be created, and how.
 #[derive(Debug)]

@@ -14,6 +14,7 @@ mod qed;
 mod raw;
 pub mod target;
 mod vdi;
+mod vhd;
 mod vhdx;
 mod vmdk;
 
@@ -24,6 +25,7 @@ use instar_blockio::check::CheckReport;
 use instar_blockio::{BlockAlloc, BlockRead, BlockWrite, Codec, FileId, Layer, ReadPart};
 use instar_guest_protocol::message::{
     Cause, CheckFinding, Failure, Format, ImageInfo, OptionError, Reference, SnapshotSelector, Source, Step, Target,
+    VhdSize,
 };
 
 use self::target::TargetDisk;
@@ -236,7 +238,7 @@ pub fn open_named<P: Platform>(platform: &P, source: &Source) -> Result<Box<dyn 
         }
     }
     let format = format_by_name(platform, source.device, source.format(), source.named_dmg)?;
-    open_image(platform, source.device, format, source.strict)
+    open_image(platform, source.device, format, source.strict, source.vhd_size())
 }
 
 /// The format to open a file in, whose name may make it an Apple disk image if nobody says what it is: their bytes begin like anything.
@@ -261,7 +263,7 @@ pub(crate) fn format_by_name<P: Platform>(
 }
 
 /// Opens the image on a granted device, without its further files and its chain. `strict`: see
-/// [`Source::strict`](instar_guest_protocol::message::Source::strict).
+/// [`Source::strict`](instar_guest_protocol::message::Source::strict). `size_rule`: of a VHD.
 ///
 /// # Errors
 /// A format that the file has not or that can't be opened; the format's own reasons.
@@ -270,6 +272,7 @@ pub fn open_image<P: Platform>(
     device: u32,
     format: Format,
     strict: bool,
+    size_rule: VhdSize,
 ) -> Result<Box<dyn OpenImage<P>>, Failure> {
     let id = FileId(device);
     let file = platform.file(device).ok_or_else(|| about(Step::Open, id, Cause::BadRequest))?;
@@ -289,6 +292,7 @@ pub fn open_image<P: Platform>(
         Format::Cloop => cloop::open(file, id, strict),
         Format::Vhdx => vhdx::open(file, id),
         Format::Vmdk => vmdk::open(platform, file, id, strict),
+        Format::Vpc => vhd::open(platform, file, id, size_rule),
         other => Err(Failure { format: other.into(), ..about(Step::Open, id, Cause::FormatNotSupported) }),
     }
 }
@@ -312,6 +316,7 @@ pub fn create_image<P: Platform>(
         Format::Parallels => parallels::create(platform, target, size, durable),
         Format::Vhdx => vhdx::create(platform, target, size, durable),
         Format::Vmdk => vmdk::create(platform, target, size, durable),
+        Format::Vpc => vhd::create(platform, target, size, durable),
         format => Err(Failure { format: format.into(), ..failure(Step::Create, Cause::FormatNotSupported) }),
     }
 }
@@ -335,6 +340,7 @@ pub fn open_target<P: Platform>(
         Format::Parallels => parallels::open_target(platform, size, durable),
         Format::Vhdx => vhdx::open_target(platform, target, size, durable),
         Format::Vmdk => vmdk::open_target(platform, target, size, durable),
+        Format::Vpc => vhd::open_target(platform, size, durable),
         format => Err(Failure { format: format.into(), ..failure(Step::OpenTarget, Cause::FormatNotSupported) }),
     }
 }

@@ -189,7 +189,7 @@ fn find_parent<P: Platform>(platform: &P, target: &Target, id: FileId) -> Result
     let none = || fault(Step::Create, id, VmdkFault::ParentFormat, 0, Vec::new());
     // A child that does not know the CID could not be read.
     let source = backing.image.as_ref().ok_or_else(none)?;
-    let image = open_image(platform, source.device, source.format(), source.strict)?;
+    let image = open_image(platform, source.device, source.format(), source.strict, source.vhd_size())?;
     match image.identity() {
         Some([a, b, c, d, ..]) if image.format() == Format::Vmdk => {
             Ok(Some((backing.name.clone(), u32::from_le_bytes([a, b, c, d]))))

@@ -8,7 +8,7 @@ use alloc::vec::Vec;
 
 use instar_blockio::{BlockMapExt, BlockRead, ExtentKind, FileId, Layer, Overlay};
 use instar_guest_protocol::limits::MAX_CHAIN_DEPTH;
-use instar_guest_protocol::message::{Cause, CommitRequest, EditReply, Failure, Format, Step};
+use instar_guest_protocol::message::{Cause, CommitRequest, EditReply, Failure, Format, Step, VhdSize};
 use instar_qcow2::{self as qcow2, Growth, Writer};
 
 use crate::chain::{Opening, open_backing, open_below, request_base, too_deep};
@@ -84,7 +84,7 @@ impl<P: Platform> Chain<P> {
         let mut layers: Vec<Box<dyn Layer>> = Vec::new();
         while layers.len() < MAX_CHAIN_DEPTH {
             if let Some((base, recorded)) = request_base(platform, device, &*image)? {
-                let mut opened = open_image(platform, base, recorded, how.strict)?;
+                let mut opened = open_image(platform, base, recorded, how.strict, VhdSize::ByCreator)?;
                 if recorded == Format::Unknown && !how.follow_probed && !opened.references().is_empty() {
                     return Err(about(Step::Open, FileId(base), Cause::BackingFormatNeeded));
                 }
