@@ -42,6 +42,16 @@ pub enum ExtentKind {
     Unallocated,
     /// One compressed unit (or a part of one).
     Compressed(CompressedRun),
+    /// Encrypted bytes at this place of the file: read, then decrypt by the [`SectorCipher`](crate::SectorCipher) that goes with
+    /// the file. Runs begin and end between sectors.
+    Encrypted {
+        /// The file.
+        file: FileId,
+        /// Offset in it, bytes.
+        host: u64,
+        /// Position of the first sector for the cipher, bytes.
+        position: u64,
+    },
 }
 
 /// A compressed unit: a cluster or grain stored as one stream.
@@ -81,7 +91,7 @@ impl Extent {
 
     /// Appends `next` if both describe one longer run; says whether it did.
     pub fn join(&mut self, next: &Extent) -> bool {
-        use ExtentKind::{Data, Unallocated, Zero};
+        use ExtentKind::{Data, Encrypted, Unallocated, Zero};
         let joined = self.end() == next.offset
             && self.depth == next.depth
             && match (self.kind, next.kind) {
@@ -89,6 +99,9 @@ impl Extent {
                 (Zero { host: None }, Zero { host: None }) | (Unallocated, Unallocated) => true,
                 (Zero { host: Some((a, x)) }, Zero { host: Some((b, y)) }) => {
                     a == b && x.checked_add(self.len) == Some(y)
+                }
+                (Encrypted { file: a, host: x, position: p }, Encrypted { file: b, host: y, position: q }) => {
+                    a == b && x.checked_add(self.len) == Some(y) && p.checked_add(self.len) == Some(q)
                 }
                 _ => false,
             };
@@ -110,6 +123,9 @@ impl Extent {
             ExtentKind::Data { file, host } => ExtentKind::Data { file, host: host.checked_add(skip)? },
             ExtentKind::Zero { host: Some((file, host)) } => {
                 ExtentKind::Zero { host: Some((file, host.checked_add(skip)?)) }
+            }
+            ExtentKind::Encrypted { file, host, position } => {
+                ExtentKind::Encrypted { file, host: host.checked_add(skip)?, position: position.checked_add(skip)? }
             }
             other => other,
         };

@@ -39,6 +39,7 @@ mod impls;
 mod limits;
 mod mem;
 mod overlay;
+mod sector_cipher;
 mod traits;
 mod window;
 mod zero;
@@ -54,6 +55,7 @@ pub use extent::{Codec, CompressedRun, Extent, ExtentKind, Extents, FileId};
 pub use limits::{Limits, check_range};
 pub use mem::MemBlock;
 pub use overlay::Overlay;
+pub use sector_cipher::SectorCipher;
 pub use traits::{
     BlockAlloc, BlockIo, BlockMap, BlockMapExt, BlockRead, BlockWrite, Layer, ReadPart, Reservation, ZeroMode,
 };

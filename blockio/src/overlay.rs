@@ -75,7 +75,7 @@ impl Overlay {
         let (index, extent) = self.resolve(offset, max_len)?;
         let reads = match extent.kind {
             ExtentKind::Zero { .. } | ExtentKind::Unallocated => None,
-            ExtentKind::Data { .. } | ExtentKind::Compressed(_) => Some(index),
+            ExtentKind::Data { .. } | ExtentKind::Compressed(_) | ExtentKind::Encrypted { .. } => Some(index),
         };
         Ok((reads, extent.len))
     }

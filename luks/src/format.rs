@@ -1,7 +1,7 @@
 //! On-disk structures (specification, figure 1 and 2).
 
-use zerocopy::byteorder::big_endian::{U16, U32};
-use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
+use zerocopy::byteorder::big_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// The first six bytes of a volume.
 pub const MAGIC: [u8; 6] = *b"LUKS\xba\xbe";
@@ -17,8 +17,41 @@ pub(crate) const SLOT_INACTIVE: u32 = 0x0000_dead;
 /// Bytes of the sectors in which places are counted.
 pub(crate) const SECTOR: u64 = 512;
 
+/// Where the key material of the first slot may begin, bytes.
+pub(crate) const SLOTS_AT: u64 = 4096;
+/// Key material takes a multiple of so many bytes.
+pub(crate) const SLOT_ALIGN: u64 = 4096;
+/// Anti-forensic stripes of each slot.
+pub(crate) const STRIPES: u32 = 4000;
+
+/// The first six bytes of the second header of a version 2 volume.
+pub(crate) const SECOND_MAGIC: [u8; 6] = *b"SKUL\xba\xbe";
+
+/// The binary header of version 2 as it lies on disk.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(crate) struct RawHeader2 {
+    pub magic: [u8; 6],
+    pub version: U16,
+    /// Bytes of this header and the text behind it.
+    pub header_len: U64,
+    /// The header with the higher one is newer.
+    pub sequence: U64,
+    pub label: [u8; 48],
+    pub checksum_algorithm: [u8; 32],
+    pub salt: [u8; 64],
+    pub uuid: [u8; 40],
+    pub subsystem: [u8; 48],
+    /// Where this header lies, bytes.
+    pub offset: U64,
+    pub reserved: [u8; 184],
+    pub checksum: [u8; 64],
+}
+
+const _: () = assert!(size_of::<RawHeader2>() == 512);
+
 /// The header as it lies on disk.
-#[derive(Clone, Copy, FromBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub(crate) struct RawHeader {
     pub magic: [u8; 6],
@@ -37,7 +70,7 @@ pub(crate) struct RawHeader {
 }
 
 /// A key slot as it lies on disk.
-#[derive(Clone, Copy, FromBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub(crate) struct RawSlot {
     pub active: U32,
