@@ -55,7 +55,7 @@ pub use extent::{Codec, CompressedRun, Extent, ExtentKind, Extents, FileId};
 pub use limits::{Limits, check_range};
 pub use mem::MemBlock;
 pub use overlay::Overlay;
-pub use sector_cipher::SectorCipher;
+pub use sector_cipher::{SectorCipher, read_encrypted};
 pub use traits::{
     BlockAlloc, BlockIo, BlockMap, BlockMapExt, BlockRead, BlockWrite, Layer, ReadPart, Reservation, ZeroMode,
 };

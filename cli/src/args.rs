@@ -71,6 +71,8 @@ pub enum Key {
     Threads,
     Timeout,
     DebugGuest,
+    PassphraseFile,
+    MaxKeyIterations,
     IgnoreQuirks,
     UnsafeQuirks,
     RequireKnownRaw,

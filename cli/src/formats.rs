@@ -21,6 +21,7 @@ pub fn driver(name: &str) -> Option<Driver> {
             | Format::Qcow2
             | Format::Vhdx
             | Format::Vpc
+            | Format::Luks
             | Format::File
             | Format::Qcow
             | Format::Qed

@@ -25,8 +25,8 @@ pub struct ImageSpec {
     pub force_share: bool,
     /// It is not a file but this NBD export.
     pub nbd: Option<Address>,
-    /// A key for an encrypted image was named.
-    pub has_key: bool,
+    /// The secret that opens an encrypted image.
+    pub key_secret: Option<String>,
     /// Which size of a VHD counts.
     pub vhd_size: VhdSize,
 }
@@ -97,7 +97,7 @@ impl ImageSpec {
     fn plain(name: &str, format: Option<&str>) -> Result<Self, Problem> {
         let format = format.map_or(Ok(Format::Unknown), driver_format)?;
         if let Some(address) = Address::parse(name)? {
-            return Ok(Self::of_nbd(name, address, format, false));
+            return Ok(Self::of_nbd(name, address, format, None));
         }
         let path = open::path_of(name)?;
         let file = path.display().to_string();
@@ -108,12 +108,12 @@ impl ImageSpec {
             format,
             force_share: false,
             nbd: None,
-            has_key: false,
+            key_secret: None,
             vhd_size: VhdSize::ByCreator,
         })
     }
 
-    fn of_nbd(given: &str, address: Address, format: Format, has_key: bool) -> Self {
+    fn of_nbd(given: &str, address: Address, format: Format, key_secret: Option<String>) -> Self {
         let shown = address.shown();
         let (given, file) = (given.to_owned(), shown.clone());
         Self {
@@ -123,7 +123,7 @@ impl ImageSpec {
             format,
             force_share: false,
             nbd: Some(address),
-            has_key,
+            key_secret,
             vhd_size: VhdSize::ByCreator,
         }
     }
@@ -215,13 +215,13 @@ impl Keys {
         Ok(Some((Address::of_options(&own)?, format)))
     }
 
-    fn has_key(&self) -> bool {
-        self.encryption.iter().any(|(key, _)| key.ends_with("key-secret"))
+    fn key_secret(&self) -> Option<String> {
+        self.encryption.iter().find(|(key, _)| key.ends_with("key-secret")).map(|(_, id)| id.clone())
     }
 
     fn finish(self, given: &str) -> Result<ImageSpec, Problem> {
         if let Some((address, format)) = self.nbd()? {
-            return Ok(ImageSpec::of_nbd(given, address, format, self.has_key()));
+            return Ok(ImageSpec::of_nbd(given, address, format, self.key_secret()));
         }
         let driver = self.driver.as_deref();
         if driver.is_none() && !self.has_file {
@@ -258,7 +258,7 @@ impl Keys {
         if let Some(key) = self.refused {
             return Err(Problem::new(format!("The option '{key}' is not provided by this version")));
         }
-        let has_key = self.has_key();
+        let key_secret = self.key_secret();
         let vhd_size = match self.size_calc.as_deref() {
             None => VhdSize::ByCreator,
             Some("chs") => VhdSize::Geometry,
@@ -267,7 +267,7 @@ impl Keys {
         };
         let mut strong = self.encryption;
         strong.extend(self.size_calc.map(|value| ("force_size_calc".to_owned(), value)));
-        let is_plain = !has_key && vhd_size == VhdSize::ByCreator;
+        let is_plain = key_secret.is_none() && vhd_size == VhdSize::ByCreator;
         Ok(ImageSpec {
             given: given.to_owned(),
             file: file.to_owned(),
@@ -275,7 +275,7 @@ impl Keys {
             format,
             force_share: self.force_share || self.unshared,
             nbd: None,
-            has_key,
+            key_secret,
             vhd_size,
         })
     }
@@ -341,12 +341,18 @@ pub fn driver_format(name: &str) -> Result<Format, Problem> {
 /// How QEMU names an image whose options do not fit into a file name.
 fn json_name(encryption: &[(String, String)], driver: Option<&str>, file: &str) -> String {
     let quote = |text: &str| Value::from(text).to_string();
-    let mut members: Vec<String> =
+    let encryption: Vec<String> =
         encryption.iter().map(|(key, value)| format!("{}: {}", quote(key), quote(value))).collect();
+    // QEMU's hash of the names decides about the order.
+    let last = driver == Some("luks");
+    let mut members: Vec<String> = if last { Vec::new() } else { encryption.clone() };
     if let Some(driver) = driver {
         members.push(format!("\"driver\": {}", quote(driver)));
     }
     members.push(format!("\"file\": {{\"driver\": \"file\", \"filename\": {}}}", quote(file)));
+    if last {
+        members.extend(encryption);
+    }
     format!("json:{{{}}}", members.join(", "))
 }
 
@@ -438,7 +444,7 @@ mod tests {
     #[test]
     fn keys_make_a_json_name() {
         let spec = opts("driver=qcow2,file.filename=q.qcow2,encrypt.key-secret=s").unwrap();
-        assert!(spec.has_key);
+        assert_eq!(spec.key_secret.as_deref(), Some("s"));
         assert_eq!(
             spec.shown,
             r#"json:{"encrypt.key-secret": "s", "driver": "qcow2", "file": {"driver": "file", "filename": "q.qcow2"}}"#

@@ -56,7 +56,18 @@ pub fn open_failure(failure: &Failure) -> Problem {
         }
         Cause::MarkedDirty => "The image was not closed cleanly; it can't be written before it is repaired".to_owned(),
         Cause::MarkedCorrupt => "qcow2: Image is corrupt; cannot be opened read/write".to_owned(),
+        Cause::Encrypted if failure.format() == Format::Luks => {
+            "Parameter 'key-secret' is required for cipher".to_owned()
+        }
         Cause::Encrypted => "Parameter 'encrypt.key-secret' is required for cipher".to_owned(),
+        Cause::WrongPassphrase => "Invalid password, cannot unlock any keyslot".to_owned(),
+        Cause::KeyIterations => {
+            format!("Deriving the key takes {} iterations (--max-key-iterations allows more)", failure.value)
+        }
+        Cause::KeyMemory => {
+            format!("Deriving the key takes {} bytes of memory (--max-guest-memory allows more)", failure.value)
+        }
+        Cause::LuksInvalid => luks_fault(failure),
         Cause::CorruptMetadata => format!("The image's metadata is corrupt (at offset {})", failure.value),
         Cause::ChainTooDeep => format!("The backing chain is longer than {} images", failure.value),
         Cause::BackingFormatNeeded => {
@@ -72,6 +83,41 @@ pub fn open_failure(failure: &Failure) -> Problem {
         _ => general(failure),
     };
     Problem::new(text)
+}
+
+/// What is wrong with the header of a LUKS volume.
+fn luks_fault(failure: &Failure) -> String {
+    use instar_guest_protocol::message::LuksFault as F;
+    let text = printable(&failure.text);
+    let (high, low) = (failure.value2 >> 32, failure.value2 & u64::from(u32::MAX));
+    let value = failure.value2;
+    let fault = i32::try_from(failure.value).ok().and_then(|value| F::try_from(value).ok()).unwrap_or_default();
+    match fault {
+        F::NotLuks => "Volume is not in LUKS format".to_owned(),
+        F::Version => format!("LUKS version {value} is not supported"),
+        F::CipherName => "LUKS header cipher name is not NUL terminated".to_owned(),
+        F::CipherMode => "LUKS header cipher mode is not NUL terminated".to_owned(),
+        F::HashSpec => "LUKS header hash spec is not NUL terminated".to_owned(),
+        F::ModeFormat => format!("Unexpected cipher mode string format '{text}'"),
+        F::UnknownCipher | F::KeySize => format!("Algorithm '{text}' with key size {value} bytes not supported"),
+        F::UnknownMode => format!("Cipher mode '{text}' not supported"),
+        F::UnknownIvGen => format!("IV generator '{text}' not supported"),
+        F::UnknownIvHash | F::UnknownHash => format!("Hash algorithm '{text}' not supported"),
+        F::WideBlocks => format!("Unsupported cipher mode {text}"),
+        F::Essiv => format!("No cipher {text} with key size {value} available"),
+        F::PayloadInHeader => "LUKS payload is overlapping with the header".to_owned(),
+        F::NoIterations => "LUKS key iteration count is zero".to_owned(),
+        F::SlotNoIterations => format!("Keyslot {value} iteration count is zero"),
+        F::SlotState => format!("Keyslot {value} state (active/disable) is corrupted"),
+        F::SlotStripes => format!("Keyslot {high} is corrupted (stripes {low} != 4000)"),
+        F::SlotInHeader => format!("Keyslot {value} is overlapping with the LUKS header"),
+        F::SlotInPayload => format!("Keyslot {value} is overlapping with the encrypted payload"),
+        F::SlotsOverlap => format!("Keyslots {high} and {low} are overlapping in the header"),
+        F::Checksum => "Both LUKS headers are damaged".to_owned(),
+        F::Metadata => "The metadata of the LUKS header is corrupt".to_owned(),
+        F::PayloadPastEnd => "Could not refresh total sector count: Input/output error".to_owned(),
+        F::Unsupported | F::Unspecified => "The LUKS volume has a feature that is not supported".to_owned(),
+    }
 }
 
 /// Why an image can't be created, without the target's name before it.

@@ -85,7 +85,7 @@ impl Query<'_> {
                 false => files.open_named(&mut machine, spec, access),
             };
             let device = device.map_err(|problem| unopened(spec, problem))?;
-            sources.push(settings.source_of(device, spec));
+            sources.push(settings.readable(device, spec).map_err(|problem| unopened(spec, problem))?);
         }
         let first = sources.first().and_then(|first| files.get(first.device));
         let operation = request(&sources, first.map_or(0, |record| record.file.stat.allocated));

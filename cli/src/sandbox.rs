@@ -8,6 +8,7 @@ use instar_guest_protocol::message::{
 };
 use instar_vmm::{Error, Event, NbdExport, Sandbox, Settings};
 use prost::Message;
+use zeroize::Zeroizing;
 
 use crate::guest::Guest;
 use crate::output::stats;
@@ -240,7 +241,10 @@ const MAX_REFUSALS: usize = 1024;
 /// # Errors
 /// The guest ended without a result, or said something that is no message.
 pub fn run(machine: &mut dyn Machine, request: &Request, host: &mut dyn Host) -> Result<reply::Result, Problem> {
-    machine.start(&request.encode_to_vec())?;
+    // Passphrases may be in it.
+    let encoded = Zeroizing::new(request.encode_to_vec());
+    machine.start(&encoded)?;
+    drop(encoded);
     let mut refusals = 0;
     let mut result = None;
     while let Some(incoming) = machine.next_message()? {

@@ -4,9 +4,10 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use instar_guest_protocol::message::{Format, Source};
+use instar_guest_protocol::message::{Format, Key, Source};
 
-use crate::args::{Found, Key, Opt};
+use crate::args::{Found, Key as ArgKey, Opt};
+use crate::commands::{Objects, read_secret_file};
 use crate::config::{self, Config, Output};
 use crate::confine::Confinement;
 use crate::image_opts::ImageSpec;
@@ -41,22 +42,30 @@ pub struct Settings {
     pub qemu_version: QemuVersion,
     /// Progress is shown, and how.
     progress: Show,
+    /// Objects of the command line, secrets among them.
+    pub objects: Objects,
+    /// The file with the passphrase of encrypted images that name no secret.
+    passphrase_file: Option<String>,
+    /// What deriving a key may cost.
+    max_key_iterations: Option<u64>,
 }
 
 /// Options that instar adds to each command. They must be spelled out, so that no abbreviation of qemu-img's changes its
 /// meaning.
 pub const OWN: &[Opt] = &[
-    Opt::long_value(Key::AllowDir, "allow-dir").spelled_out(),
-    Opt::long_value(Key::MaxGuestMemory, "max-guest-memory").spelled_out(),
-    Opt::long_value(Key::Threads, "threads").spelled_out(),
-    Opt::long_value(Key::Timeout, "timeout").spelled_out(),
-    Opt::long_flag(Key::DebugGuest, "debug-guest").spelled_out(),
-    Opt::long_flag(Key::IgnoreQuirks, "ignore-quirks").spelled_out(),
-    Opt::long_flag(Key::UnsafeQuirks, "unsafe-quirks").spelled_out(),
-    Opt::long_flag(Key::RequireKnownRaw, "require-known-raw").spelled_out(),
-    Opt::long_value(Key::QemuVersion, "qemu-version").spelled_out(),
-    Opt::long_optional(Key::Stats, "stats").spelled_out(),
-    Opt::long_optional(Key::ProgressForm, "progress").spelled_out(),
+    Opt::long_value(ArgKey::AllowDir, "allow-dir").spelled_out(),
+    Opt::long_value(ArgKey::MaxGuestMemory, "max-guest-memory").spelled_out(),
+    Opt::long_value(ArgKey::Threads, "threads").spelled_out(),
+    Opt::long_value(ArgKey::Timeout, "timeout").spelled_out(),
+    Opt::long_flag(ArgKey::DebugGuest, "debug-guest").spelled_out(),
+    Opt::long_flag(ArgKey::IgnoreQuirks, "ignore-quirks").spelled_out(),
+    Opt::long_flag(ArgKey::UnsafeQuirks, "unsafe-quirks").spelled_out(),
+    Opt::long_flag(ArgKey::RequireKnownRaw, "require-known-raw").spelled_out(),
+    Opt::long_value(ArgKey::QemuVersion, "qemu-version").spelled_out(),
+    Opt::long_value(ArgKey::PassphraseFile, "passphrase-file").spelled_out(),
+    Opt::long_value(ArgKey::MaxKeyIterations, "max-key-iterations").spelled_out(),
+    Opt::long_optional(ArgKey::Stats, "stats").spelled_out(),
+    Opt::long_optional(ArgKey::ProgressForm, "progress").spelled_out(),
 ];
 
 impl Settings {
@@ -112,16 +121,26 @@ impl Settings {
     pub fn take(&mut self, (key, value): &Found) -> Result<bool, Fail> {
         let text = value.as_deref().unwrap_or_default();
         match key {
-            Key::AllowDir => self.allow_dirs.push(PathBuf::from(text)),
-            Key::MaxGuestMemory => self.limits.memory = guest_memory(text)?,
-            Key::Threads => self.limits.threads = Some(thread_count(text)?),
-            Key::Timeout => self.limits.timeout = Some(time_limit(text)?),
-            Key::DebugGuest => self.limits.debug = true,
-            Key::IgnoreQuirks => self.strict = true,
-            Key::UnsafeQuirks => self.unsafe_quirks = true,
-            Key::RequireKnownRaw => self.require_known_raw = true,
-            Key::QemuVersion => self.qemu_version = QemuVersion::parse(text)?,
-            Key::Stats => {
+            ArgKey::AllowDir => self.allow_dirs.push(PathBuf::from(text)),
+            ArgKey::MaxGuestMemory => self.limits.memory = guest_memory(text)?,
+            ArgKey::Threads => self.limits.threads = Some(thread_count(text)?),
+            ArgKey::Timeout => self.limits.timeout = Some(time_limit(text)?),
+            ArgKey::PassphraseFile => self.passphrase_file = Some(text.to_owned()),
+            ArgKey::MaxKeyIterations => {
+                let count = size::parse_count("number of key iterations", text, 1, u64::MAX >> 1);
+                self.max_key_iterations = Some(count.map_err(Problem::new)?);
+            }
+            // The commands look at it too.
+            ArgKey::Object => {
+                self.objects.add(text)?;
+                return Ok(false);
+            }
+            ArgKey::DebugGuest => self.limits.debug = true,
+            ArgKey::IgnoreQuirks => self.strict = true,
+            ArgKey::UnsafeQuirks => self.unsafe_quirks = true,
+            ArgKey::RequireKnownRaw => self.require_known_raw = true,
+            ArgKey::QemuVersion => self.qemu_version = QemuVersion::parse(text)?,
+            ArgKey::Stats => {
                 self.limits.stats = Some(match value.as_deref() {
                     None | Some("human") => StatsForm::Human,
                     Some("json") => StatsForm::Json,
@@ -130,7 +149,7 @@ impl Settings {
                     }
                 });
             }
-            Key::ProgressForm => match text {
+            ArgKey::ProgressForm => match text {
                 "bar" => self.progress = Show::Bar,
                 "" | "percent" => self.progress = Show::Percent,
                 other => return Err(Fail::Usage(format!("--progress expects 'bar' or 'percent' not '{other}'"))),
@@ -151,12 +170,46 @@ impl Settings {
             follow_probed: self.unsafe_quirks,
             named_dmg: false,
             vhd_size: 0,
+            key: None,
         }
     }
 
     /// Likewise, with what the image's name says of its format.
     pub fn source_of(&self, device: u32, spec: &ImageSpec) -> Source {
         Source { named_dmg: spec.is_named_dmg(), vhd_size: spec.vhd_size.into(), ..self.source(device, spec.format) }
+    }
+
+    /// Likewise, with the key of an encrypted one, for those who look at its contents.
+    ///
+    /// # Errors
+    /// As [`key`](Self::key).
+    pub fn readable(&self, device: u32, spec: &ImageSpec) -> Result<Source, Problem> {
+        Ok(Source { key: self.key(spec)?, ..self.source_of(device, spec) })
+    }
+
+    /// What opens an encrypted image: the secret that it names, or else `--passphrase-file`.
+    ///
+    /// # Errors
+    /// A secret that is not there or can't be read. The message is without the image's name.
+    pub fn key(&self, spec: &ImageSpec) -> Result<Option<Key>, Problem> {
+        let mut passphrase = match (&spec.key_secret, &self.passphrase_file) {
+            (Some(id), _) => self.objects.passphrase(id)?,
+            (None, Some(file)) => {
+                let mut bytes = read_secret_file(file)?;
+                // Editors end a file by a line feed that nobody means.
+                if bytes.last() == Some(&b'\n') {
+                    bytes.pop();
+                }
+                bytes
+            }
+            (None, None) => return Ok(None),
+        };
+        Ok(Some(Key {
+            passphrase: std::mem::take(&mut *passphrase),
+            max_iterations: self.max_key_iterations.unwrap_or(0),
+            // The rest of the guest needs little beside it.
+            max_memory: self.limits.memory.saturating_sub(48 * MEBIBYTE).max(MEBIBYTE),
+        }))
     }
 
     /// How progress is shown. `asked`: `-p`; `quiet`: `-q`.

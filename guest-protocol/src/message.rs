@@ -5,6 +5,7 @@
 //! [`call::Kind::Open`] (an [`OpenAnswer`]) and [`call::Kind::Pace`] (an empty one) have an answer.
 
 use alloc::vec::Vec;
+use core::fmt;
 
 /// What a run is to do.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -92,6 +93,71 @@ pub struct Source {
     /// Of a VHD.
     #[prost(enumeration = "VhdSize", tag = "40")]
     pub vhd_size: i32,
+    /// Opens it if it is encrypted.
+    #[prost(message, optional, tag = "70")]
+    pub key: Option<Key>,
+}
+
+/// What opens an encrypted image, and what that may cost.
+#[derive(Clone, PartialEq, prost::Message)]
+#[prost(skip_debug)]
+pub struct Key {
+    /// The passphrase.
+    #[prost(bytes = "vec", tag = "1")]
+    pub passphrase: Vec<u8>,
+    /// Iterations of the key derivation, of all key slots together.
+    #[prost(uint64, tag = "2")]
+    pub max_iterations: u64,
+    /// Memory of the key derivation, bytes.
+    #[prost(uint64, tag = "3")]
+    pub max_memory: u64,
+}
+
+impl fmt::Debug for Key {
+    /// Says nothing of the passphrase.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Key(..)")
+    }
+}
+
+/// A new LUKS volume, by the names of its header.
+#[derive(Clone, PartialEq, prost::Message)]
+#[prost(skip_debug)]
+pub struct LuksOptions {
+    /// The passphrase of its first key slot.
+    #[prost(bytes = "vec", tag = "1")]
+    pub passphrase: Vec<u8>,
+    /// 48 random bytes, of which all that is random in the volume is made.
+    #[prost(bytes = "vec", tag = "2")]
+    pub seed: Vec<u8>,
+    /// Cipher, such as `aes`.
+    #[prost(bytes = "vec", tag = "3")]
+    pub cipher_name: Vec<u8>,
+    /// Mode, such as `xts-plain64`.
+    #[prost(bytes = "vec", tag = "4")]
+    pub cipher_mode: Vec<u8>,
+    /// Hash of the key derivation, such as `sha256`.
+    #[prost(bytes = "vec", tag = "5")]
+    pub hash: Vec<u8>,
+    /// Bytes of the master key.
+    #[prost(uint32, tag = "6")]
+    pub key_bytes: u32,
+    /// PBKDF2 iterations of the key slot.
+    #[prost(uint32, tag = "7")]
+    pub slot_iterations: u32,
+    /// PBKDF2 iterations of the master key's digest.
+    #[prost(uint32, tag = "8")]
+    pub digest_iterations: u32,
+    /// Only the header is made: the contents lie in another file.
+    #[prost(bool, tag = "9")]
+    pub detached: bool,
+}
+
+impl fmt::Debug for LuksOptions {
+    /// Says nothing of secrets.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("LuksOptions(..)")
+    }
 }
 
 /// Which size of a VHD counts.
@@ -848,6 +914,12 @@ pub struct Target {
     /// VHD creation options.
     #[prost(message, optional, tag = "50")]
     pub vhd: Option<VhdOptions>,
+    /// LUKS, or encryption of a qcow2 image: creation options.
+    #[prost(message, optional, tag = "70")]
+    pub luks: Option<LuksOptions>,
+    /// Opens an encrypted image that exists.
+    #[prost(message, optional, tag = "71")]
+    pub key: Option<Key>,
 }
 
 /// A backing image to record in a new image.
@@ -1329,6 +1401,74 @@ pub enum Cause {
     GuessedRaw = 128,
     /// A VMDK image that can't be opened or made: `value` = [`VmdkFault`].
     VmdkFault = 100,
+    /// The key opens no key slot.
+    WrongPassphrase = 190,
+    /// The header of an encrypted volume is not accepted: `value` = [`LuksFault`], `value2` and `text` as that says.
+    LuksInvalid = 191,
+    /// Deriving the key costs `value` iterations, more than [`Key::max_iterations`].
+    KeyIterations = 192,
+    /// Deriving the key takes `value` bytes of memory, more than [`Key::max_memory`].
+    KeyMemory = 193,
+}
+
+/// Reasons of [`Cause::LuksInvalid`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum LuksFault {
+    /// Not said.
+    Unspecified = 0,
+    /// The magic number is missing.
+    NotLuks = 1,
+    /// `value2` = version.
+    Version = 2,
+    /// A cipher name without end.
+    CipherName = 3,
+    /// A cipher mode without end.
+    CipherMode = 4,
+    /// A hash without end.
+    HashSpec = 5,
+    /// A cipher mode that is no `MODE-IVGEN`: `text`.
+    ModeFormat = 6,
+    /// An unknown cipher: `text`.
+    UnknownCipher = 7,
+    /// An unknown mode: `text`.
+    UnknownMode = 8,
+    /// An unknown generator of initialisation vectors: `text`.
+    UnknownIvGen = 9,
+    /// An unknown hash of initialisation vectors: `text`.
+    UnknownIvHash = 10,
+    /// An unknown hash: `text`.
+    UnknownHash = 11,
+    /// Cipher `text` has no key of `value2` bytes.
+    KeySize = 12,
+    /// Mode `text` does not go with the cipher.
+    WideBlocks = 13,
+    /// Cipher `text` has no key of `value2` bytes for ESSIV.
+    Essiv = 14,
+    /// The contents begin in the header.
+    PayloadInHeader = 15,
+    /// The digest has no iterations.
+    NoIterations = 16,
+    /// Key slot `value2` has no iterations.
+    SlotNoIterations = 17,
+    /// Key slot `value2` is in no known state.
+    SlotState = 18,
+    /// Key slot `value2 >> 32` has `value2 & 0xffffffff` stripes.
+    SlotStripes = 19,
+    /// Key slot `value2` lies in the header.
+    SlotInHeader = 20,
+    /// Key slot `value2` reaches into the contents.
+    SlotInPayload = 21,
+    /// Key slots `value2 >> 32` and `value2 & 0xffffffff` overlap.
+    SlotsOverlap = 22,
+    /// Both headers are damaged.
+    Checksum = 23,
+    /// The metadata make no sense.
+    Metadata = 24,
+    /// A feature that is not supported.
+    Unsupported = 25,
+    /// The contents begin behind the end of the file.
+    PayloadPastEnd = 26,
 }
 
 /// Reasons of [`Cause::BitmapRefused`].
@@ -1856,6 +1996,9 @@ pub struct ImageInfo {
     /// VMDK only.
     #[prost(message, optional, tag = "30")]
     pub vmdk: Option<VmdkInfo>,
+    /// LUKS only.
+    #[prost(message, optional, tag = "70")]
+    pub luks: Option<LuksInfo>,
 }
 
 /// An internal snapshot.

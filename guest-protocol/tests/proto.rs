@@ -59,11 +59,32 @@ fn source() -> m::Source {
         follow_probed: true,
         named_dmg: true,
         vhd_size: m::VhdSize::Current.into(),
+        key: Some(key()),
+    }
+}
+
+fn key() -> m::Key {
+    m::Key { passphrase: b"secret".to_vec(), max_iterations: 1, max_memory: 2 }
+}
+
+fn luks_options() -> m::LuksOptions {
+    m::LuksOptions {
+        passphrase: b"secret".to_vec(),
+        seed: vec![1],
+        cipher_name: b"aes".to_vec(),
+        cipher_mode: b"xts-plain64".to_vec(),
+        hash: b"sha256".to_vec(),
+        key_bytes: 64,
+        slot_iterations: 1000,
+        digest_iterations: 1000,
+        detached: true,
     }
 }
 
 fn target() -> m::Target {
     m::Target {
+        luks: Some(luks_options()),
+        key: Some(key()),
         format: m::Format::Qcow2.into(),
         existing: true,
         qcow2: Some(m::Qcow2Options {
@@ -130,6 +151,7 @@ fn info() -> m::ImageInfo {
         slots: vec![slot],
     };
     m::ImageInfo {
+        luks: Some(luks.clone()),
         device: 1,
         vmdk: Some(m::VmdkInfo {
             cid: 1,
@@ -411,6 +433,7 @@ fn enums_are_the_same() {
     assert_enum::<m::BitmapFault>(&pool, "BitmapFault");
     assert_enum::<m::SnapshotAction>(&pool, "SnapshotAction");
     assert_enum::<m::BitmapVerb>(&pool, "BitmapVerb");
+    assert_enum::<m::LuksFault>(&pool, "LuksFault");
     assert_enum::<m::BitmapRefusal>(&pool, "BitmapRefusal");
     assert_enum::<m::AmendRefusal>(&pool, "AmendRefusal");
     assert_enum::<m::SizeChange>(&pool, "SizeChange");

@@ -3,9 +3,10 @@
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use alloc::boxed::Box;
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-use instar_blockio::{Error, ErrorKind, FileId, Result, check_range};
+use instar_blockio::{Error, ErrorKind, FileId, Result, SectorCipher, check_range};
 use instar_guest_protocol::boot::DeviceFlags;
 use instar_guest_protocol::limits::MAX_DEVICES;
 use instar_guest_protocol::ring::HoleRun;
@@ -118,6 +119,8 @@ pub struct FileState {
     flags: AtomicU32,
     /// Raised by each change, so that an older hole map is not believed.
     generation: AtomicU32,
+    /// Decrypts what lies in the file.
+    cipher: Lock<Option<Arc<dyn SectorCipher>>>,
     /// Absent until asked for, so that the table of a fresh guest is zero bytes.
     holes: Lock<Option<Box<HoleMap>>>,
 }
@@ -138,7 +141,26 @@ struct Run {
 
 impl FileState {
     const fn new() -> Self {
-        Self { len: AtomicU64::new(0), flags: AtomicU32::new(0), generation: AtomicU32::new(0), holes: Lock::new(None) }
+        Self {
+            len: AtomicU64::new(0),
+            flags: AtomicU32::new(0),
+            generation: AtomicU32::new(0),
+            cipher: Lock::new(None),
+            holes: Lock::new(None),
+        }
+    }
+
+    /// Keeps the cipher of what lies encrypted in the file, for any vCPU to use.
+    pub fn set_cipher(&self, cipher: Arc<dyn SectorCipher>) {
+        *self.cipher.lock() = Some(cipher);
+    }
+
+    /// The cipher that goes with [`Encrypted`](instar_blockio::ExtentKind::Encrypted) runs of the file.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Encrypted`] if none was set.
+    pub fn cipher(&self) -> Result<Arc<dyn SectorCipher>> {
+        self.cipher.lock().clone().ok_or(ErrorKind::Encrypted.into())
     }
 
     /// Length, bytes.

@@ -162,7 +162,12 @@ impl<D: BlockRead> Image<D> {
             (SubclusterState::Allocated, Some(place)) => {
                 let file = self.guest_file()?;
                 self.check_data(at, place)?;
-                ExtentKind::Data { file, host: place.0 }
+                match self.header.encryption {
+                    EncryptionMethod::None => ExtentKind::Data { file, host: place.0 },
+                    // The sectors of the file are counted, in the legacy method those of the disk.
+                    EncryptionMethod::Luks => ExtentKind::Encrypted { file, host: place.0, position: place.0 },
+                    EncryptionMethod::Aes => ExtentKind::Encrypted { file, host: place.0, position: at },
+                }
             }
             (SubclusterState::Zero, Some(place)) => match self.guest_file() {
                 Ok(file) => ExtentKind::Zero { host: Some((file, place.0)) },
@@ -184,7 +189,7 @@ impl<D: BlockRead> Image<D> {
     }
 
     fn check_data(&self, offset: u64, place: HostOffset) -> Result<()> {
-        if self.header.encryption != EncryptionMethod::None {
+        if self.header.encryption != EncryptionMethod::None && self.cipher.is_none() {
             return Err(Error::Encrypted(offset));
         }
         if self.strict && !self.needs_data_file() && place.0 >= self.pages.file().size() {

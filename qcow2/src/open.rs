@@ -1,10 +1,11 @@
 //! From a file to an [`Image`].
 
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::cell::RefCell;
 use core::ops::Range;
 
-use instar_blockio::{BlockRead, FileId};
+use instar_blockio::{BlockRead, FileId, SectorCipher};
 
 use crate::addr::HostOffset;
 use crate::error::{Error, Result};
@@ -68,6 +69,7 @@ pub struct Image<D> {
     pub(crate) l1: L1Place,
     pub(crate) l2: L2Format,
     pub(crate) strict: bool,
+    pub(crate) cipher: Option<Arc<dyn SectorCipher>>,
     pub(crate) unpacker: RefCell<Unpacker>,
 }
 
@@ -105,6 +107,7 @@ impl<D: BlockRead> Image<D> {
             extensions,
             backing_file,
             strict: options.strict,
+            cipher: None,
             unpacker: RefCell::default(),
         })
     }
@@ -168,6 +171,17 @@ impl<D: BlockRead> Image<D> {
         }
     }
 
+    /// Hands in the cipher of the contents, by which they can be read: that of the LUKS volume, or for [`Encryption::Aes`] AES-128 in
+    /// CBC mode with `plain64` vectors.
+    pub fn set_cipher(&mut self, cipher: Arc<dyn SectorCipher>) {
+        self.cipher = Some(cipher);
+    }
+
+    /// The cipher that was handed in.
+    pub fn cipher(&self) -> Option<&Arc<dyn SectorCipher>> {
+        self.cipher.as_ref()
+    }
+
     /// How compressed clusters are stored.
     pub fn compression(&self) -> CompressionType {
         self.header.compression
@@ -195,7 +209,7 @@ impl<D: BlockRead> Image<D> {
         if self.data_file_raw() && !self.needs_data_file() {
             return Err(Error::RawFlagWithoutDataFile);
         }
-        if self.encryption() != Encryption::None { Err(Error::Encrypted(0)) } else { Ok(()) }
+        if self.encryption() != Encryption::None && self.cipher.is_none() { Err(Error::Encrypted(0)) } else { Ok(()) }
     }
 }
 

@@ -4,6 +4,7 @@ use alloc::vec::Vec;
 
 use instar_blockio::{
     BlockRead, CompressedRun, Error as BlockError, ErrorKind, ExtentKind, FileId, Result as BlockResult, check_range,
+    read_encrypted,
 };
 use instar_codec::Decoder;
 
@@ -96,6 +97,10 @@ impl<D: BlockRead> BlockRead for Image<D> {
             let (now, later) = rest.split_at_mut(extent.len as usize);
             match extent.kind {
                 ExtentKind::Data { file, host } => self.read_data(file, host, now)?,
+                ExtentKind::Encrypted { file, host, position } => {
+                    let cipher = self.cipher.as_deref().ok_or(Error::Encrypted(at))?;
+                    read_encrypted(cipher, host, position, now, |host, buf| self.read_data(file, host, buf))?;
+                }
                 ExtentKind::Compressed(run) => self.read_unit(&run, (at - run.unit_offset) as usize, now)?,
                 _ => now.fill(0),
             }

@@ -287,13 +287,17 @@ fn convert(
     // What is wrong with the target is told once the sources are known to be good: when the guest asks for it.
     let plan = Plan::new(arguments, sources.len(), target);
     let mut wire = plan.as_ref().map_or_else(|_| Target::default(), |plan| plan.wire.clone());
+    if let Some(spec) = plan.as_ref().ok().and_then(|plan| plan.existing.as_ref()) {
+        let key = settings.key(spec);
+        wire.key = key.map_err(|problem| problem.within(format!("Could not open '{}'", spec.given)))?;
+    }
     let mut late = None;
     if let (Some(backing), Ok(plan)) = (&mut wire.backing, &plan)
         && let Some(spec) = &plan.backing
     {
         match files.open_named(&mut machine, spec, arguments.access()) {
             Ok(device) => {
-                backing.image = Some(settings.source_of(device, spec));
+                backing.image = Some(settings.readable(device, spec)?);
             }
             Err(problem) => late = Some(problem.within("Could not open backing file")),
         }
@@ -302,8 +306,13 @@ fn convert(
         sources: sources
             .iter()
             .zip(&devices)
-            .map(|(spec, device)| Source { snapshot: arguments.snapshot.clone(), ..settings.source_of(*device, spec) })
-            .collect(),
+            .map(|(spec, device)| {
+                let readable = settings.readable(*device, spec);
+                let readable =
+                    readable.map_err(|problem| problem.within(format!("Could not open '{}'", spec.given)))?;
+                Ok(Source { snapshot: arguments.snapshot.clone(), ..readable })
+            })
+            .collect::<Result<Vec<Source>, Problem>>()?,
         // VMDK: the type of the image decides.
         compress: arguments.compress && plan.as_ref().is_ok_and(|plan| plan.format != Format::Vmdk),
         target: match plan.is_ok() {
@@ -592,15 +601,13 @@ impl ConvertHost<'_> {
         }
     }
 
-    /// Encrypted images can be described, not read; the key makes no difference yet.
+    /// An encrypted image without a key.
     fn encrypted(&self, failure: &Failure) -> Problem {
+        if let (Step::OpenTarget, Ok(plan)) = (failure.step(), &self.plan) {
+            return messages::open_failure(failure).within(format!("Could not open '{}'", plan.given));
+        }
         let device = failure.device.or(self.devices.first().copied()).unwrap_or_default();
-        let has_key = self.sources.iter().any(|spec| spec.has_key);
-        let problem = match has_key {
-            true => Problem::new("Encrypted images can't be read by this version"),
-            false => messages::open_failure(failure),
-        };
-        let (device, problem) = self.files.seen_from_the_top(device, problem);
+        let (device, problem) = self.files.seen_from_the_top(device, messages::open_failure(failure));
         self.reading(device, problem)
     }
 }

@@ -9,7 +9,7 @@ use super::convert::snapshot_selector;
 use super::{CommandLine, Objects, Settings};
 use crate::args::{Key, Opt};
 use crate::config::Output;
-use crate::creation::{Creatable, creatable};
+use crate::creation::{self, Creatable, creatable};
 use crate::image_opts::ImageSpec;
 use crate::messages;
 use crate::options::{self, OptionList, Options};
@@ -152,10 +152,30 @@ struct Layout {
     version: u32,
     preallocated: bool,
     backing: bool,
+    /// Where the contents of a LUKS volume begin, bytes.
+    luks_payload: u64,
 }
 
 impl Layout {
+    /// A disk in one piece.
+    fn raw() -> Self {
+        Self {
+            qcow2: false,
+            cluster_size: 65536,
+            refcount_bits: 16,
+            entry: 8,
+            version: 3,
+            preallocated: false,
+            backing: false,
+            luks_payload: 0,
+        }
+    }
+
     fn of(target: Creatable, options: &Options, objects: &Objects) -> Result<Self, Fail> {
+        if target.format == Format::Luks {
+            let payload = creation::luks::payload_offset(options, objects)?;
+            return Ok(Self { luks_payload: payload, ..Self::raw() });
+        }
         let unsupported = || format!("Block driver '{}' does not support size measurement", target.name());
         let wire = match target.format {
             Format::Raw => Target::default(),
@@ -178,6 +198,7 @@ impl Layout {
             version: qcow2.version.unwrap_or(3),
             preallocated,
             backing: options.text("backing_file").is_some(),
+            luks_payload: 0,
         };
         layout.check()
     }
@@ -208,7 +229,8 @@ impl Layout {
     fn measure(&self, found: &MeasureReply, from_image: bool) -> Result<Measure, Fail> {
         let too_large = || Fail::from("The image size is too large (try using a larger cluster size)");
         if !self.qcow2 {
-            let size = found.virtual_size.checked_next_multiple_of(512).ok_or_else(too_large)?;
+            let size = found.virtual_size.checked_next_multiple_of(512);
+            let size = size.and_then(|size| size.checked_add(self.luks_payload)).ok_or_else(too_large)?;
             return Ok(Measure { required: size, fully_allocated: size, bitmaps: None });
         }
         let disk = found.virtual_size.checked_next_multiple_of(self.cluster_size).ok_or_else(too_large)?;

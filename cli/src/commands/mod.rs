@@ -17,7 +17,7 @@ pub mod rebase;
 pub mod resize;
 pub mod snapshot;
 
-pub use object::Objects;
+pub use object::{Objects, read_secret_file};
 
 pub use crate::settings::{OWN, Settings};
 

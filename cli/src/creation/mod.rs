@@ -1,5 +1,6 @@
 //! Formats that can be created: their options, and what these mean to the guest. One file for each format.
 
+pub mod luks;
 pub mod parallels;
 pub mod qcow;
 pub mod qcow2;
@@ -23,7 +24,8 @@ use crate::options::{Options, Spec};
 use crate::problem::Problem;
 
 /// All of them.
-static FORMATS: [Creatable; 9] = [
+static FORMATS: [Creatable; 10] = [
+    &luks::LUKS,
     &raw::RAW,
     &qcow2::QCOW2,
     &vhdx::VHDX,

@@ -243,7 +243,11 @@ impl Described<'_> {
         if let Some(info) = &self.info.vmdk {
             return Some(("vmdk", self.vmdk(info)));
         }
-        self.info.qcow2.as_ref().map(|info| ("qcow2", qcow2(info, self.version)))
+        match (&self.info.qcow2, &self.info.luks) {
+            (Some(info), _) => Some(("qcow2", qcow2(info, self.version))),
+            (None, Some(header)) => Some(("luks", luks(header, self.version, false))),
+            (None, None) => None,
+        }
     }
 }
 
@@ -310,7 +314,7 @@ fn qcow2(info: &Qcow2Info, version: QemuVersion) -> Vec<(&'static str, Node)> {
     }
     members.push(("refcount-bits", Node::Int(info.refcount_bits.into())));
     if let Some(header) = &info.luks {
-        members.push(("encrypt", Node::Dict(luks(header, version))));
+        members.push(("encrypt", Node::Dict(luks(header, version, true))));
     } else if info.aes {
         members.push(("encrypt", Node::Dict(vec![("format", Node::text("aes"))])));
     }
@@ -337,8 +341,8 @@ fn bitmap(bitmap: &Bitmap) -> Node {
     ])
 }
 
-/// A LUKS header inside qcow2, in QEMU's words for ciphers and modes.
-fn luks(header: &LuksInfo, version: QemuVersion) -> Vec<(&'static str, Node)> {
+/// A LUKS header, `inside` a qcow2 image or by itself, in QEMU's words for ciphers and modes.
+fn luks(header: &LuksInfo, version: QemuVersion, inside: bool) -> Vec<(&'static str, Node)> {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let mode = text(&header.cipher_mode);
     // `cbc-essiv:sha256`: mode, generator of initial vectors, and its hash.
@@ -368,7 +372,11 @@ fn luks(header: &LuksInfo, version: QemuVersion) -> Vec<(&'static str, Node)> {
         ("hash-alg", Node::text(text(&header.hash))),
         ("cipher-alg", Node::text(format!("{}-{}", text(&header.cipher_name), u64::from(key_bytes) * 8))),
         ("uuid", Node::bytes(&header.uuid)),
-        ("format", Node::text("luks")),
+    ]);
+    if inside {
+        members.push(("format", Node::text("luks")));
+    }
+    members.extend([
         ("cipher-mode", Node::text(mode)),
         ("slots", Node::List(slots.collect())),
         ("payload-offset", Node::Int(header.payload_offset)),
@@ -448,12 +456,13 @@ mod tests {
             key_bytes,
             ..LuksInfo::default()
         };
-        let text = human::tree(&luks(&header("xts-plain64", 64), QemuVersion::default()), 0);
+        let text = human::tree(&luks(&header("xts-plain64", 64), QemuVersion::default(), true), 0);
         assert!(text.contains("ivgen alg: plain64\ndetached header: false\n"));
         assert!(text.contains("cipher alg: aes-256\n") && text.contains("cipher mode: xts\n"));
-        let text = human::tree(&luks(&header("cbc-essiv:sha256", 32), QemuVersion::default()), 0);
+        let text = human::tree(&luks(&header("cbc-essiv:sha256", 32), QemuVersion::default(), true), 0);
         assert!(
-            !human::tree(&luks(&header("xts-plain64", 64), QemuVersion::parse("8.2").unwrap()), 0).contains("detached")
+            !human::tree(&luks(&header("xts-plain64", 64), QemuVersion::parse("8.2").unwrap(), true), 0)
+                .contains("detached")
         );
         assert!(text.contains("ivgen alg: essiv\nivgen hash alg: sha256\n") && text.contains("cipher alg: aes-256\n"));
     }

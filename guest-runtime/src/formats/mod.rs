@@ -7,6 +7,7 @@ mod bochs;
 mod cloop;
 mod dmg;
 mod legacy;
+mod luks;
 mod parallels;
 mod qcow;
 mod qcow2;
@@ -19,13 +20,14 @@ mod vhdx;
 mod vmdk;
 
 use alloc::boxed::Box;
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use instar_blockio::check::CheckReport;
-use instar_blockio::{BlockAlloc, BlockRead, BlockWrite, Codec, FileId, Layer, ReadPart};
+use instar_blockio::{BlockAlloc, BlockRead, BlockWrite, Codec, FileId, Layer, ReadPart, SectorCipher};
 use instar_guest_protocol::message::{
-    Cause, CheckFinding, Failure, Format, ImageInfo, OptionError, Reference, SnapshotSelector, Source, Step, Target,
-    VhdSize,
+    Cause, CheckFinding, Failure, Format, ImageInfo, Key, OptionError, Reference, SnapshotSelector, Source, Step,
+    Target, VhdSize,
 };
 
 use self::target::TargetDisk;
@@ -59,6 +61,15 @@ pub trait OpenImage<P: Platform>: Send {
     /// What a differencing image records of this one: changes whenever the contents change.
     fn identity(&self) -> Option<[u8; 16]> {
         None
+    }
+
+    /// Opens an encrypted image by a key, so that it can be read. Others need none, and take any.
+    ///
+    /// # Errors
+    /// A key that opens nothing, or whose derivation costs too much.
+    fn unlock(&mut self, platform: &P, key: &Key) -> Result<(), Failure> {
+        let _ = (platform, key);
+        Ok(())
     }
 
     /// Opens the further files that hold its data. Describing an image needs none of them.
@@ -130,6 +141,8 @@ pub struct FlatImage<P> {
     pub base: u64,
     /// Bytes of the disk.
     pub size: u64,
+    /// Encrypts the disk; positions are offsets of the disk.
+    pub cipher: Option<Arc<dyn SectorCipher>>,
     /// The file can't grow, and does not read as zero when it is fresh.
     pub block_device: bool,
     /// Writes what makes the image whole, such as a footer.
@@ -238,7 +251,11 @@ pub fn open_named<P: Platform>(platform: &P, source: &Source) -> Result<Box<dyn 
         }
     }
     let format = format_by_name(platform, source.device, source.format(), source.named_dmg)?;
-    open_image(platform, source.device, format, source.strict, source.vhd_size())
+    let mut image = open_image(platform, source.device, format, source.strict, source.vhd_size())?;
+    if let Some(key) = &source.key {
+        image.unlock(platform, key)?;
+    }
+    Ok(image)
 }
 
 /// The format to open a file in, whose name may make it an Apple disk image if nobody says what it is: their bytes begin like anything.
@@ -293,6 +310,7 @@ pub fn open_image<P: Platform>(
         Format::Vhdx => vhdx::open(file, id),
         Format::Vmdk => vmdk::open(platform, file, id, strict),
         Format::Vpc => vhd::open(platform, file, id, size_rule),
+        Format::Luks => luks::open(file, id),
         other => Err(Failure { format: other.into(), ..about(Step::Open, id, Cause::FormatNotSupported) }),
     }
 }
@@ -317,6 +335,7 @@ pub fn create_image<P: Platform>(
         Format::Vhdx => vhdx::create(platform, target, size, durable),
         Format::Vmdk => vmdk::create(platform, target, size, durable),
         Format::Vpc => vhd::create(platform, target, size, durable),
+        Format::Luks => luks::create(platform, target, size),
         format => Err(Failure { format: format.into(), ..failure(Step::Create, Cause::FormatNotSupported) }),
     }
 }
@@ -333,6 +352,7 @@ pub fn open_target<P: Platform>(
 ) -> Result<TargetImage<P>, Failure> {
     match target.format() {
         Format::Raw => raw::open_target(platform, size),
+        Format::Luks => luks::open_target(platform, target, size),
         Format::Qcow2 => qcow2::open_target(platform, size, durable),
         Format::Qcow => qcow::open_target(platform, size, durable),
         Format::Qed => qed::open_target(platform, size, durable),

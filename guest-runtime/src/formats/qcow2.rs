@@ -1,13 +1,14 @@
 //! qcow2: the image, its snapshots and bitmaps, its external data file.
 
 use alloc::boxed::Box;
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-use instar_blockio::{BlockRead, Codec, FileId, Layer};
+use instar_blockio::{BlockRead, Codec, FileId, Layer, SectorCipher};
 use instar_guest_protocol::message as wire;
 use instar_guest_protocol::message::{
-    BitmapFault, Cause, Failure, Field, FileRole, Format, ImageInfo, OptionError, Preallocation, Qcow2Info, Reference,
-    ResizeRefusal, SnapshotSelector, Step, Target,
+    BitmapFault, Cause, Failure, Field, FileRole, Format, ImageInfo, Key, OptionError, Preallocation, Qcow2Info,
+    Reference, ResizeRefusal, SnapshotSelector, Step, Target,
 };
 use instar_luks as luks;
 use instar_qcow2::{self as qcow2, CompressionType, CreateOptions, Writer};
@@ -30,6 +31,15 @@ pub(super) fn open<P: Platform>(file: File<P>, id: FileId, strict: bool) -> Resu
     Ok(Box::new(Qcow2 { image: Box::new(image), id }))
 }
 
+impl<P: Platform> Qcow2<P> {
+    /// Encrypted clusters in this file are decrypted by any vCPU.
+    fn keep_cipher(&self, platform: &P, file: FileId, cipher: &Arc<dyn SectorCipher>) {
+        if let Some(state) = platform.files().get(file) {
+            state.set_cipher(cipher.clone());
+        }
+    }
+}
+
 impl<P: Platform> OpenImage<P> for Qcow2<P> {
     fn format(&self) -> Format {
         Format::Qcow2
@@ -40,10 +50,28 @@ impl<P: Platform> OpenImage<P> for Qcow2<P> {
         Some(Backing { names: alloc::vec![name], driver: self.image.backing_format().map(<[u8]>::to_vec) })
     }
 
+    fn unlock(&mut self, platform: &P, key: &Key) -> Result<(), Failure> {
+        let file = platform.file(self.id.0).ok_or_else(|| about(Step::Open, self.id, Cause::BadRequest))?;
+        let cipher = match self.image.encryption() {
+            qcow2::Encryption::None => return Ok(()),
+            qcow2::Encryption::Aes => legacy_cipher(self.id, key)?,
+            qcow2::Encryption::Luks { offset, .. } => {
+                let volume = luks_volume(platform, self.id, offset.0)?;
+                super::luks::unlock(&volume, &file, self.id, offset.0, key)?
+            }
+        };
+        self.keep_cipher(platform, self.id, &cipher);
+        self.image.set_cipher(cipher);
+        Ok(())
+    }
+
     fn open_parts(&mut self, platform: &P) -> Result<(), Failure> {
         self.image.check_readable().map_err(|error| qcow2_failure(Step::Open, self.id, error))?;
         if self.image.needs_data_file() {
             let (file, id) = open_data_file(platform, self.id, self.image.data_file_name(), false)?;
+            if let Some(cipher) = self.image.cipher() {
+                self.keep_cipher(platform, id, cipher);
+            }
             self.image.attach_data_file(file, id);
         }
         Ok(())
@@ -76,7 +104,9 @@ impl<P: Platform> OpenImage<P> for Qcow2<P> {
             refcount_bits: image.header().geometry.refcount_bits(),
             aes: encryption == qcow2::Encryption::Aes,
             luks: match encryption {
-                qcow2::Encryption::Luks { offset, .. } => Some(luks_header(platform, self.id, offset.0)?),
+                qcow2::Encryption::Luks { offset, .. } => {
+                    Some(super::luks::luks_info(&luks_volume(platform, self.id, offset.0)?))
+                }
                 _ => None,
             },
             data_file: image.data_file_name().map(<[u8]>::to_vec),
@@ -132,36 +162,24 @@ fn read_name<F: BlockRead>(file: &F, place: qcow2::NameAt) -> Vec<u8> {
     }
 }
 
-fn luks_header<P: Platform>(platform: &P, id: FileId, offset: u64) -> Result<wire::LuksInfo, Failure> {
-    let field = |value2| Failure {
-        value: Field::EncryptionHeader as u64,
-        value2,
-        ..about(Step::Open, id, Cause::InvalidField)
-    };
+/// The LUKS header inside an image. Its places are counted from its start.
+fn luks_volume<P: Platform>(platform: &P, id: FileId, offset: u64) -> Result<luks::Volume, Failure> {
     let file = platform.file(id.0).ok_or_else(|| about(Step::Open, id, Cause::BadRequest))?;
-    let mut bytes = [0; luks::HEADER_LEN];
-    file.read_at(offset, &mut bytes).map_err(|error| block(Step::Open, Some(id), offset, error))?;
-    let header = luks::Header::parse(&bytes).map_err(|_| field(offset))?;
-    Ok(wire::LuksInfo {
-        version: 1,
-        cipher_name: header.cipher_name().to_vec(),
-        cipher_mode: header.cipher_mode().to_vec(),
-        hash: header.hash_spec().to_vec(),
-        uuid: header.uuid().to_vec(),
-        key_bytes: header.key_bytes(),
-        payload_offset: header.payload_offset(),
-        digest_iterations: header.digest_iterations(),
-        slots: header
-            .slots()
-            .iter()
-            .map(|slot| wire::LuksSlot {
-                active: slot.active,
-                iterations: slot.iterations,
-                key_offset: slot.key_offset,
-                stripes: slot.stripes,
-            })
-            .collect(),
-    })
+    // The contents are the image's clusters.
+    luks::Volume::read(&file, offset, true).map_err(|error| super::luks::volume_failure(&file, id, offset, error))
+}
+
+/// The legacy cipher: the passphrase itself, cut or filled up to 16 bytes, is the key.
+pub(super) fn legacy_cipher(id: FileId, key: &Key) -> Result<Arc<dyn SectorCipher>, Failure> {
+    let spec = luks::CipherSpec {
+        algorithm: luks::Algorithm::Aes,
+        key_len: 16,
+        mode: luks::Mode::Cbc,
+        ivgen: luks::IvGen::Plain64,
+    };
+    let mut bytes = [0; 16];
+    bytes.iter_mut().zip(&key.passphrase).for_each(|(byte, given)| *byte = *given);
+    spec.with_key(&bytes, 512).map_err(|error| super::luks::luks_failure(Step::Open, id, &[], error))
 }
 
 /// A snapshot as the host is told of it.

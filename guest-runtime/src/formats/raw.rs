@@ -68,10 +68,17 @@ pub(super) fn open_in_place<P: Platform>(platform: &P, device: u32) -> Result<Ta
 }
 
 fn flat<P: Platform>(opened: &TargetFile<P>, size: u64) -> TargetImage<P> {
-    TargetImage::Flat(FlatImage { file: opened.id, base: 0, size, block_device: opened.block_device, completion: None })
+    TargetImage::Flat(FlatImage {
+        file: opened.id,
+        base: 0,
+        size,
+        cipher: None,
+        block_device: opened.block_device,
+        completion: None,
+    })
 }
 
-fn give_size<P: Platform>(
+pub(super) fn give_size<P: Platform>(
     platform: &P,
     target: &TargetFile<P>,
     size: u64,

@@ -155,7 +155,14 @@ fn create_fixed<P: Platform>(
         let written = platform.submit(&mut [Io::Write { file, offset: at, buf: &footer }]);
         written.map_err(|(_, error)| block(Step::Write, Some(file), at, error))
     };
-    Ok(TargetImage::Flat(FlatImage { file, base: 0, size, block_device, completion: Some(Box::new(complete)) }))
+    Ok(TargetImage::Flat(FlatImage {
+        file,
+        base: 0,
+        size,
+        cipher: None,
+        block_device,
+        completion: Some(Box::new(complete)),
+    }))
 }
 
 /// Opens an existing image to write into it.
@@ -168,7 +175,7 @@ pub(super) fn open_target<P: Platform>(platform: &P, size: u64, durable: bool) -
     drop(image);
     if kind == DiskType::Fixed {
         // What it holds does not read as zero.
-        let flat = FlatImage { file: id, base: 0, size, block_device, completion: None };
+        let flat = FlatImage { file: id, base: 0, size, cipher: None, block_device, completion: None };
         return Ok(TargetImage::Flat(flat));
     }
     let writer = Writer::open(target.disk(durable), id, SizeRule::ByCreator).map_err(failed)?;

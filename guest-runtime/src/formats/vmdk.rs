@@ -177,7 +177,7 @@ pub(super) fn create<P: Platform>(
             let completion = move |_: &P| writer.finish().map_err(|error| failure(Step::Write, id, error));
             let size = lens.iter().sum();
             let completion = Some(Box::new(completion) as _);
-            Ok(TargetImage::Flat(FlatImage { file, base: 0, size, block_device: false, completion }))
+            Ok(TargetImage::Flat(FlatImage { file, base: 0, size, cipher: None, block_device: false, completion }))
         }
         None => Ok(TargetImage::Mapped(Box::new(VmdkTarget { writer, id, block_device }))),
     }

@@ -1,9 +1,12 @@
 //! From the runs of a chunk to its bytes: reads in one batch, then decompression.
 
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::ops::Range;
 
-use instar_blockio::{BlockRead, CompressedRun, Error, ErrorKind, Extent, ExtentKind, FileId};
+use instar_blockio::{
+    BlockRead, CompressedRun, Error, ErrorKind, Extent, ExtentKind, FileId, SectorCipher, read_encrypted,
+};
 use instar_codec::Decoder;
 use instar_guest_protocol::message::Step;
 
@@ -124,13 +127,51 @@ fn step_of(request: &Io<'_>, error: Error) -> Step {
 ///
 /// Runs that are not wanted leave their part of `buf` as it is. Zero runs are cleared; unallocated ones are read from `under`
 /// as far as it reaches.
-pub(in crate::ops) fn fill<'b, P: Platform>(
+pub(in crate::ops) fn fill<P: Platform>(
+    platform: &P,
+    chunk: &Chunk,
+    buf: &mut [u8],
+    scratch: &mut Scratch<'_>,
+    under: Option<&dyn BlockRead>,
+    wanted: impl Fn(&Extent) -> bool,
+    batch: Batch<'_>,
+) -> Outcome<()> {
+    load(platform, chunk, buf, scratch, under, &wanted, batch)?;
+    let mut rest = buf;
+    for extent in &chunk.extents {
+        let (part, tail) = core::mem::take(&mut rest).split_at_mut(extent.len as usize);
+        rest = tail;
+        if let ExtentKind::Encrypted { file, position, .. } = extent.kind
+            && wanted(extent)
+        {
+            let located = Fault::read(extent.offset);
+            let cipher = cipher_of(platform, file).map_err(&located)?;
+            if whole_sectors(&*cipher, position, part.len()) {
+                cipher.decrypt(position, part).map_err(&located)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The cipher of what lies in a file.
+fn cipher_of<P: Platform>(platform: &P, file: FileId) -> Result<Arc<dyn SectorCipher>, Error> {
+    platform.files().get(file).ok_or(ErrorKind::InvalidInput)?.cipher()
+}
+
+fn whole_sectors(cipher: &dyn SectorCipher, position: u64, len: usize) -> bool {
+    let sector = u64::from(cipher.sector_size());
+    position.is_multiple_of(sector) && (len as u64).is_multiple_of(sector)
+}
+
+/// The same, but whole encrypted sectors stay encrypted.
+fn load<'b, P: Platform>(
     platform: &P,
     chunk: &Chunk,
     buf: &'b mut [u8],
     scratch: &mut Scratch<'_>,
     under: Option<&dyn BlockRead>,
-    wanted: impl Fn(&Extent) -> bool,
+    wanted: &impl Fn(&Extent) -> bool,
     mut batch: Batch<'b>,
 ) -> Outcome<()> {
     let mut decodes = Vec::new();
@@ -147,6 +188,18 @@ pub(in crate::ops) fn fill<'b, P: Platform>(
                 batch.push(extent.offset, Io::Read { file, offset: host, buf: part });
             }
             ExtentKind::Compressed(run) if is_large(&run) => large.push((extent.offset, part)),
+            ExtentKind::Encrypted { file, host, position } => {
+                let located = Fault::read(extent.offset);
+                let cipher = cipher_of(platform, file).map_err(&located)?;
+                if whole_sectors(&*cipher, position, part.len()) {
+                    batch.push(extent.offset, Io::Read { file, offset: host, buf: part });
+                } else {
+                    let read = |offset: u64, buf: &mut [u8]| {
+                        platform.submit(&mut [Io::Read { file, offset, buf }]).map_err(|(_, error)| error)
+                    };
+                    read_encrypted(&*cipher, host, position, part, read).map_err(&located)?;
+                }
+            }
             ExtentKind::Compressed(run) => decodes.push(Decode { run, disk_offset: extent.offset, out: part }),
             ExtentKind::Unallocated => {
                 read_under(under, extent.offset, part).map_err(Fault::read(extent.offset))?;

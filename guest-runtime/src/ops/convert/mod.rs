@@ -30,7 +30,7 @@ use instar_guest_protocol::message::{
 
 use self::fill::{Fault, Outcome, Scratch};
 use self::part::Part;
-use self::plan::{Chunk, Planner, Rules};
+use self::plan::{Chunk, Planner};
 use self::target::Target;
 use crate::chain::open_source;
 use crate::formats::TargetImage;
@@ -219,7 +219,8 @@ impl<'a, P: Platform> Job<'a, P> {
         // A line that nobody sees is kept up to date at a price that nobody notices.
         let step = if request.progress { total / 100 } else { HIDDEN_STEP.max(total / 100) };
         let progress = ProgressReport { total, done: AtomicU64::new(0), told: Lock::new(0), paced, step };
-        let mut rules = Rules { allocate_all: sparse.allocate_all(), ..target.rules() };
+        let mut rules = target.rules();
+        rules.allocate_all |= sparse.allocate_all();
         if let Some(blocks) = &request.blocks {
             // Clusters are taken as by writes of a block each.
             let block = blocks.size.checked_next_power_of_two().unwrap_or(rules.chunk);
@@ -305,7 +306,7 @@ impl<'a, P: Platform> Job<'a, P> {
                 let whole = raw.write_chunk(self.platform, chunk, &self.sparse, &mut buf, scratch, &self.counters);
                 if let Err(fault) = whole {
                     self.salvage(fault, chunk, &mut buf, None)?;
-                    raw.write_bytes(self.platform, chunk, &self.sparse, &buf)?;
+                    raw.write_bytes(self.platform, chunk, &self.sparse, &mut buf)?;
                 }
                 self.buffers.lock().push(buf);
             }

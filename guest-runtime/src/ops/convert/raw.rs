@@ -1,10 +1,11 @@
 //! Into a disk that lies in one piece in a file: chunks need no order.
 
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-use instar_blockio::{Extent, ExtentKind, FileId, ZeroMode, data_runs};
+use instar_blockio::{Extent, ExtentKind, FileId, SectorCipher, ZeroMode, data_runs};
 
-use super::fill::{Batch, Outcome, Scratch, fill};
+use super::fill::{Batch, Fault, Outcome, Scratch, fill};
 use super::plan::Chunk;
 use super::{Counters, Sparse};
 use crate::platform::{Io, Platform};
@@ -14,6 +15,8 @@ pub(in crate::ops) struct RawTarget {
     pub file: FileId,
     /// Where in it the disk begins.
     pub base: u64,
+    /// Encrypts the disk; positions are offsets of the disk.
+    pub cipher: Option<Arc<dyn SectorCipher>>,
     /// Areas that nobody writes read as zero.
     pub zero_init: bool,
     /// What the source does not allocate stays as it is.
@@ -33,7 +36,9 @@ impl RawTarget {
     ) -> Outcome<()> {
         let mut batch = Batch::default();
         // What the host can do by itself.
-        let direct = |extent: &Extent| !matches!(extent.kind, ExtentKind::Compressed(_));
+        let direct = |extent: &Extent| {
+            self.cipher.is_none() && !matches!(extent.kind, ExtentKind::Compressed(_) | ExtentKind::Encrypted { .. })
+        };
         let stays = |extent: &Extent| self.keeps_unallocated && extent.kind == ExtentKind::Unallocated;
         for extent in chunk.extents.iter().filter(|extent| direct(extent) && !stays(extent)) {
             batch.push(extent.offset, self.direct_request(extent, sparse, counters));
@@ -43,6 +48,7 @@ impl RawTarget {
         }
         buf.resize(chunk.len as usize, 0);
         fill(platform, chunk, buf, scratch, None, |extent| !direct(extent), batch)?;
+        self.encrypt(chunk, buf)?;
         let mut writes = Batch::default();
         for span in spans(&chunk.extents, |extent| !direct(extent)) {
             let start = (span.0 - chunk.offset) as usize;
@@ -53,8 +59,23 @@ impl RawTarget {
         writes.submit(platform)
     }
 
+    /// Encrypts the bytes of a chunk, where the target is encrypted: all of it goes through the buffer then.
+    fn encrypt(&self, chunk: &Chunk, bytes: &mut [u8]) -> Outcome<()> {
+        match &self.cipher {
+            Some(cipher) => cipher.encrypt(chunk.offset, bytes).map_err(Fault::write(chunk.offset)),
+            None => Ok(()),
+        }
+    }
+
     /// Writes a chunk whose bytes are there already.
-    pub fn write_bytes<P: Platform>(&self, platform: &P, chunk: &Chunk, sparse: &Sparse, bytes: &[u8]) -> Outcome<()> {
+    pub fn write_bytes<P: Platform>(
+        &self,
+        platform: &P,
+        chunk: &Chunk,
+        sparse: &Sparse,
+        bytes: &mut [u8],
+    ) -> Outcome<()> {
+        self.encrypt(chunk, bytes)?;
         let mut writes = Batch::default();
         self.write_span(chunk.offset, bytes, sparse, &mut writes);
         writes.submit(platform)

@@ -55,9 +55,10 @@ impl<P: Platform> Target<P> {
 
     fn flat(request: &ConvertRequest, image: FlatImage<P>) -> Self {
         let fresh = !request.target.existing && !image.block_device;
-        let zero_init = fresh || request.target_is_zero;
+        // What nobody writes into an encrypted disk is noise.
+        let zero_init = (fresh || request.target_is_zero) && image.cipher.is_none();
         Self::Raw(
-            RawTarget { file: image.file, base: image.base, zero_init, keeps_unallocated: false },
+            RawTarget { file: image.file, base: image.base, cipher: image.cipher, zero_init, keeps_unallocated: false },
             image.completion.map(Lock::new),
         )
     }
@@ -95,7 +96,13 @@ impl<P: Platform> Target<P> {
     pub fn below(image: TargetImage<P>, under: Box<dyn Layer>) -> Self {
         match image {
             TargetImage::Flat(image) => {
-                let raw = RawTarget { file: image.file, base: image.base, zero_init: false, keeps_unallocated: true };
+                let raw = RawTarget {
+                    file: image.file,
+                    base: image.base,
+                    cipher: image.cipher,
+                    zero_init: false,
+                    keeps_unallocated: true,
+                };
                 Self::Raw(raw, image.completion.map(Lock::new))
             }
             TargetImage::Mapped(image) => Self::Mapped(Box::new(MappedTarget {
@@ -116,7 +123,7 @@ impl<P: Platform> Target<P> {
             Self::Raw(raw, _) => Rules {
                 zero_init: raw.zero_init,
                 skip_unallocated: raw.keeps_unallocated,
-                allocate_all: false,
+                allocate_all: raw.cipher.is_some(),
                 unit: 1,
                 chunk: RAW_CHUNK,
             },

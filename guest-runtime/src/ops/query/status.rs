@@ -153,6 +153,8 @@ impl<P: Platform> Disk<P> {
             }
             ExtentKind::Zero { host } => Status { zero: true, data: false, place: host, ..status },
             ExtentKind::Compressed(_) => Status { compressed: true, ..status },
+            // The bytes of the file are not those of the disk, so no place is told.
+            ExtentKind::Encrypted { .. } => status,
             ExtentKind::Unallocated if has_no_backing(layer.format) => Status { zero: true, data: false, ..status },
             ExtentKind::Unallocated => return Ok(None),
             _ => status,
