@@ -30,8 +30,12 @@ const MOST: usize = 200_000;
 pub fn run<P: Platform>(platform: &P, request: &CheckRequest) -> Result<CheckReply, Failure> {
     let source = &request.image;
     let id = FileId(source.device);
-    let image = open_named(platform, source)?;
+    let mut image = open_named(platform, source)?;
     let format = image.format();
+    if format == Format::Luks {
+        // It can't be checked; without the key it can't even be opened.
+        image.open_parts(platform)?;
+    }
     let repair = Repair { leaks: request.leaks, corruptions: request.corruptions };
     let repairs = repair != Repair::default();
     let mut listener = Listener { platform, pending: Vec::new(), told: 0 };
