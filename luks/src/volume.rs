@@ -1,3 +1,4 @@
+use alloc::boxed::Box;
 use alloc::sync::Arc;
 
 use instar_blockio::{BlockRead, SectorCipher};
@@ -13,7 +14,7 @@ use crate::luks2::Header2;
 #[derive(Debug)]
 pub enum Volume {
     /// Version 1.
-    V1(Header),
+    V1(Box<Header>),
     /// Version 2.
     V2(Header2),
 }
@@ -51,7 +52,7 @@ impl Volume {
         header.check(detached)?;
         header.spec()?;
         header.hash()?;
-        Ok(Self::V1(header))
+        Ok(Self::V1(Box::new(header)))
     }
 
     /// Where the contents lie.
