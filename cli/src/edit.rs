@@ -4,10 +4,11 @@ use std::io::Write;
 
 use instar_guest_protocol::message::request::Operation;
 use instar_guest_protocol::message::{
-    Cause, EditReply, Failure, FileRole, Format, OpenFile, Progress, Request, Source, Step, reply,
+    Cause, CheckFinding, EditReply, Failure, FileRole, Format, OpenFile, Progress, Request, Source, Step, reply,
 };
 
 use crate::commands::Settings;
+use crate::commands::check::tell;
 use crate::files::{Access, Files};
 use crate::image_opts::ImageSpec;
 use crate::lock::Purpose;
@@ -180,4 +181,8 @@ impl Host for EditHost<'_> {
     }
 
     fn warning(&mut self, _: &Failure) {}
+
+    fn findings(&mut self, findings: &[CheckFinding]) {
+        tell(findings);
+    }
 }

@@ -138,10 +138,15 @@ struct Told;
 
 impl Listener for Told {
     fn findings(&mut self, findings: &[CheckFinding]) {
-        let text: String = findings.iter().map(finding).collect();
-        // Nothing can be done about a standard error that is closed.
-        let _ = std::io::stderr().write_all(text.as_bytes());
+        tell(findings);
     }
+}
+
+/// Prints findings on standard error.
+pub fn tell(findings: &[CheckFinding]) {
+    let text: String = findings.iter().map(finding).collect();
+    // Nothing can be done about a standard error that is closed.
+    let _ = std::io::stderr().write_all(text.as_bytes());
 }
 
 /// A finding in qemu-img's words.

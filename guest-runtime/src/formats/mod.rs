@@ -37,6 +37,7 @@ use crate::platform::{File, Platform};
 
 pub(crate) use self::qcow2::open_data_file;
 pub use self::qcow2::{bitmap_info, qcow2_failure, snapshot_info};
+pub(crate) use self::qcow2::{finding_info, repair_if_dirty};
 pub(crate) use self::raw::write_full;
 
 /// An opened image: its main file has been looked at, further files have not.

@@ -4,11 +4,12 @@ use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
+use instar_blockio::check::Repair;
 use instar_blockio::{BlockRead, Codec, FileId, Layer, SectorCipher};
 use instar_guest_protocol::message as wire;
 use instar_guest_protocol::message::{
-    BitmapFault, Cause, Failure, Field, FileRole, Format, ImageInfo, Key, OptionError, Preallocation, Qcow2Info,
-    Reference, ResizeRefusal, SnapshotSelector, Step, Target,
+    BitmapFault, Call, Cause, CheckFinding, CheckFindings, Failure, Field, FileRole, FindingKind, Format, ImageInfo, Key,
+    OptionError, Preallocation, Qcow2Info, Reference, ResizeRefusal, SnapshotSelector, Step, Target, call,
 };
 use instar_luks as luks;
 use instar_qcow2::{self as qcow2, CompressionType, CreateOptions, Writer};
@@ -275,6 +276,7 @@ fn open_writer<P: Platform>(
         false => None,
     };
     let data = data.map(|(file, id)| (TargetDisk::new(file, durable), id));
+    repair_if_dirty(platform, id, &image, Step::OpenTarget)?;
     let writer = Writer::open(main.disk(durable), id, data).map_err(failed)?;
     Ok(TargetImage::Mapped(Box::new(Qcow2Target { writer, id, block_device })))
 }
@@ -494,5 +496,68 @@ fn bitmaps_field(fault: qcow2::BitmapsFault, field: impl Fn(Field, u64) -> Failu
         B::None => field(Field::BitmapsNone, 0),
         B::DirectoryOffset(at) => field(Field::BitmapsOffset, at),
         B::DirectorySize(size) => field(Field::BitmapsSize, size),
+    }
+}
+
+/// Repairs an image that was not closed cleanly, as far as it is one: what may be written has to have the right counts. What is
+/// found is told to the user.
+///
+/// # Errors
+/// Tables that can't be read or written. An image that stays dirty is refused by whoever writes it.
+pub(crate) fn repair_if_dirty<P: Platform>(
+    platform: &P,
+    id: FileId,
+    image: &qcow2::Image<File<P>>,
+    step: Step,
+) -> Result<(), Failure> {
+    /// More than these say nothing new.
+    const FINDINGS: usize = 4096;
+    if !image.is_dirty() {
+        return Ok(());
+    }
+    let file = platform.file(id.0).ok_or_else(|| about(step, id, Cause::BadRequest))?;
+    let everything = Repair { leaks: true, corruptions: true };
+    let mut findings = Vec::new();
+    let repaired = image.repair(&mut TargetDisk::new(file, true), everything, &mut |finding| {
+        if findings.len() < FINDINGS {
+            findings.push(finding_info(finding));
+        }
+    });
+    platform.call(&Call { kind: Some(call::Kind::Findings(CheckFindings { findings })) });
+    repaired.map(drop).map_err(|error| qcow2_failure(step, id, error))
+}
+
+/// A fault as the host is told of it.
+pub(crate) fn finding_info(finding: qcow2::Finding) -> CheckFinding {
+    use FindingKind as K;
+    use qcow2::Finding as F;
+    let plain =
+        |kind: K, first, second, third| CheckFinding { kind: kind.into(), repaired: false, first, second, third };
+    match finding {
+        F::BehindEnd { offset, len } => plain(K::BehindEnd, offset, len, 0),
+        F::CountOverflow { offset } => plain(K::CountOverflow, offset, 0, 0),
+        F::L1Reserved { entry } => plain(K::L1Reserved, entry, 0, 0),
+        F::L2Unaligned { offset } => plain(K::L2Unaligned, offset, 0, 0),
+        F::L2Reserved { entry } => plain(K::L2Reserved, entry, 0, 0),
+        F::CompressedCopied { offset } => plain(K::CompressedCopied, offset, 0, 0),
+        F::CompressedInDataFile { index, entry } => plain(K::CompressedInDataFile, index, entry, 0),
+        F::CompressedSubclusters { index, entry } => plain(K::CompressedSubclusters, index, entry, 0),
+        F::ClusterUnaligned { offset, zero } => plain(K::ClusterUnaligned, offset, zero.into(), 0),
+        F::RefcountTableReserved { index } => plain(K::RefcountTableReserved, index, 0, 0),
+        F::BlockUnaligned { index } => plain(K::BlockUnaligned, index, 0, 0),
+        F::BlockOutside { index } => plain(K::BlockOutside, index, 0, 0),
+        F::BlockShared { index, count } => plain(K::BlockShared, index, count, 0),
+        F::Count { cluster, stored, referenced, repaired } => {
+            CheckFinding { repaired, ..plain(K::Count, cluster, stored, referenced) }
+        }
+        F::CopiedTable { index, entry, count, repaired } => {
+            CheckFinding { repaired, ..plain(K::CopiedTable, index, entry, count) }
+        }
+        F::CopiedCluster { entry, count, repaired } => {
+            CheckFinding { repaired, ..plain(K::CopiedCluster, entry, count, 0) }
+        }
+        F::Rebuilding => plain(K::Rebuilding, 0, 0, 0),
+        F::RebuildNeeded => plain(K::RebuildNeeded, 0, 0, 0),
+        _ => plain(K::Other, 0, 0, 0),
     }
 }

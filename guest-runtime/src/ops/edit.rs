@@ -10,7 +10,7 @@ use instar_qcow2::{self as qcow2, Bitmaps, Writer};
 
 use crate::chain::{Opening, open_backing, too_deep};
 use crate::formats::target::TargetDisk;
-use crate::formats::{OpenImage, open_data_file, open_named, qcow2_failure};
+use crate::formats::{OpenImage, open_data_file, open_named, qcow2_failure, repair_if_dirty};
 use crate::ops::failure::about;
 use crate::platform::Platform;
 
@@ -56,6 +56,7 @@ fn open_qcow2<P: Platform>(
     };
     let data = data.map(|(file, id)| (TargetDisk::new(file, true), id));
     let file = platform.file(id.0).ok_or_else(|| about(Step::Open, id, Cause::BadRequest))?;
+    repair_if_dirty(platform, id, image, Step::Open)?;
     let mut writer = Writer::open(TargetDisk::new(file, true), id, data).map_err(failed)?;
     let bitmaps = writer.load_bitmaps().map_err(failed)?;
     Ok(Qcow2 { writer, bitmaps, id })

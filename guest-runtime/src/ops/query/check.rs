@@ -13,7 +13,7 @@ use instar_qcow2 as qcow2;
 use instar_vhdx as vhdx;
 
 use crate::formats::target::TargetDisk;
-use crate::formats::{open_named, qcow2_failure};
+use crate::formats::{finding_info, open_named, qcow2_failure};
 use crate::ops::failure::about;
 use crate::platform::{File, Platform};
 
@@ -84,7 +84,7 @@ impl<P: Platform> Check<'_, P> {
         let failed = |error| qcow2_failure(Step::Map, self.id, error);
         let options = qcow2::OpenOptions::default();
         let image = qcow2::Image::open(self.file()?, self.id, &options).map_err(failed)?;
-        let mut found = |finding| to.tell(of_qcow2(finding));
+        let mut found = |finding| to.tell(finding_info(finding));
         match repair == Repair::default() {
             true => image.check(&mut found).map(Some).map_err(failed),
             false => image.repair(&mut self.disk()?, repair, &mut found).map_err(failed),
@@ -194,39 +194,5 @@ impl<P: Platform> Listener<'_, P> {
             let findings = core::mem::take(&mut self.pending);
             self.platform.call(&Call { kind: Some(call::Kind::Findings(CheckFindings { findings })) });
         }
-    }
-}
-
-fn of_qcow2(finding: qcow2::Finding) -> CheckFinding {
-    use FindingKind as K;
-    use qcow2::Finding as F;
-    let plain =
-        |kind: K, first, second, third| CheckFinding { kind: kind.into(), repaired: false, first, second, third };
-    match finding {
-        F::BehindEnd { offset, len } => plain(K::BehindEnd, offset, len, 0),
-        F::CountOverflow { offset } => plain(K::CountOverflow, offset, 0, 0),
-        F::L1Reserved { entry } => plain(K::L1Reserved, entry, 0, 0),
-        F::L2Unaligned { offset } => plain(K::L2Unaligned, offset, 0, 0),
-        F::L2Reserved { entry } => plain(K::L2Reserved, entry, 0, 0),
-        F::CompressedCopied { offset } => plain(K::CompressedCopied, offset, 0, 0),
-        F::CompressedInDataFile { index, entry } => plain(K::CompressedInDataFile, index, entry, 0),
-        F::CompressedSubclusters { index, entry } => plain(K::CompressedSubclusters, index, entry, 0),
-        F::ClusterUnaligned { offset, zero } => plain(K::ClusterUnaligned, offset, zero.into(), 0),
-        F::RefcountTableReserved { index } => plain(K::RefcountTableReserved, index, 0, 0),
-        F::BlockUnaligned { index } => plain(K::BlockUnaligned, index, 0, 0),
-        F::BlockOutside { index } => plain(K::BlockOutside, index, 0, 0),
-        F::BlockShared { index, count } => plain(K::BlockShared, index, count, 0),
-        F::Count { cluster, stored, referenced, repaired } => {
-            CheckFinding { repaired, ..plain(K::Count, cluster, stored, referenced) }
-        }
-        F::CopiedTable { index, entry, count, repaired } => {
-            CheckFinding { repaired, ..plain(K::CopiedTable, index, entry, count) }
-        }
-        F::CopiedCluster { entry, count, repaired } => {
-            CheckFinding { repaired, ..plain(K::CopiedCluster, entry, count, 0) }
-        }
-        F::Rebuilding => plain(K::Rebuilding, 0, 0, 0),
-        F::RebuildNeeded => plain(K::RebuildNeeded, 0, 0, 0),
-        _ => plain(K::Other, 0, 0, 0),
     }
 }
