@@ -15,6 +15,7 @@ use std::process::Command;
 use object::elf::{FileHeader64, PT_LOAD};
 use object::read::elf::{ElfFile64, FileHeader, ProgramHeader};
 use object::{LittleEndian, Object, ObjectSymbol, SymbolKind};
+use sha2::{Digest, Sha256};
 
 /// The programs: names of the binaries behind `instar-guest-`.
 const PROGRAMS: [&str; 6] = ["info", "convert", "create", "edit", "query", "selftest"];
@@ -63,12 +64,14 @@ fn main() {
         Some(directory) => PathBuf::from(directory),
         None => build(&out),
     };
+    let mut hashes = Vec::new();
     for name in PROGRAMS {
         let path = programs.join(format!("instar-guest-{name}"));
         println!("cargo::rerun-if-changed={}", path.display());
         let elf = fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-        embed(&out, name, &elf);
+        hashes.push(format!("{name} {}", embed(&out, name, &elf)));
     }
+    println!("cargo::rustc-env=INSTAR_GUEST_HASHES={}", hashes.join(","));
 }
 
 fn variable(name: &str) -> OsString {
@@ -79,11 +82,11 @@ fn variable(name: &str) -> OsString {
 fn build(out: &Path) -> PathBuf {
     let cli = PathBuf::from(variable("CARGO_MANIFEST_DIR"));
     let workspace = cli.parent().expect("the crate lies in a workspace");
-    let target = out.join("guest-target");
+    let fast = env::var_os("INSTAR_GUEST_FAST").is_some_and(|value| value == "1");
+    let target = target_directory(out, fast);
     let mut cargo = Command::new(variable("CARGO"));
     cargo.args(["build", "--quiet", "--bins", "--features", "freestanding", "--profile", "guest"]);
     cargo.arg("--manifest-path").arg(workspace.join("guest-runtime/Cargo.toml")).arg("--target-dir").arg(&target);
-    let fast = env::var_os("INSTAR_GUEST_FAST").is_some_and(|value| value == "1");
     PROFILE.iter().chain(FAST.iter().filter(|_| fast)).for_each(|setting| {
         cargo.arg("--config").arg(setting);
     });
@@ -103,6 +106,13 @@ fn build(out: &Path) -> PathBuf {
         println!("cargo::rerun-if-changed={}", workspace.join(file).display());
     }
     programs
+}
+
+/// Where the programs are built: beside the profiles of the outer build, so that all of these share one set of programs.
+fn target_directory(out: &Path, fast: bool) -> PathBuf {
+    // TARGET/PROFILE/build/PACKAGE/out
+    let outer = out.ancestors().nth(4).filter(|_| out.ancestors().nth(2).is_some_and(|dir| dir.ends_with("build")));
+    outer.unwrap_or(out).join(if fast { "guest-programs-fast" } else { "guest-programs" })
 }
 
 /// Compiler flags that take the machine's directories out of the programs' panic messages, so that they are the same bytes
@@ -135,15 +145,18 @@ fn watch(dependencies: &Path) {
     }
 }
 
-/// Writes the program as it is embedded, and its map, and names both to the compiler.
-fn embed(out: &Path, name: &str, elf: &[u8]) {
+/// Writes the program as it is embedded, and its map, and names both to the compiler. Gives the program's SHA-256.
+fn embed(out: &Path, name: &str, elf: &[u8]) -> String {
     let program = out.join(format!("{name}.elf"));
     let map = out.join(format!("{name}.map"));
-    fs::write(&program, stripped(elf)).expect("OUT_DIR is writable");
+    let bytes = stripped(elf);
+    let hash = Sha256::digest(&bytes);
+    fs::write(&program, bytes).expect("OUT_DIR is writable");
     fs::write(&map, symbol_map(elf)).expect("OUT_DIR is writable");
     let name = name.to_uppercase();
     println!("cargo::rustc-env=INSTAR_GUEST_{name}={}", program.display());
     println!("cargo::rustc-env=INSTAR_GUEST_{name}_MAP={}", map.display());
+    hash.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The program up to the end of its last load segment, without section headers.

@@ -31,6 +31,7 @@ pub enum Argument {
 pub enum Key {
     Help,
     Version,
+    Verbose,
     Trace,
     Quiet,
     Progress,

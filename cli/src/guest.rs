@@ -31,6 +31,11 @@ pub static QUERY: Guest =
 pub static EDIT: Guest =
     Guest { program: include_bytes!(env!("INSTAR_GUEST_EDIT")), map: include_str!(env!("INSTAR_GUEST_EDIT_MAP")) };
 
+/// The programs' names and SHA-256 sums: the same wherever this version is built by the same compiler.
+pub fn hashes() -> impl Iterator<Item = (&'static str, &'static str)> {
+    env!("INSTAR_GUEST_HASHES").split(',').filter_map(|entry| entry.split_once(' '))
+}
+
 impl Guest {
     /// Name of the function at an address, and the distance from its start; `None` in front of the first.
     pub fn function_at(&self, address: u64) -> Option<(&'static str, u64)> {

@@ -76,13 +76,18 @@ fn run(program: &Program, args: &[String]) -> (Outcome, Option<String>) {
     };
     let mut table = OPTIONS.to_vec();
     if !program.is_qemu_img() {
+        table.push(Opt::long_flag(Key::Verbose, "verbose").spelled_out());
         table.extend_from_slice(commands::OWN);
     }
     let parsed = args::parse(&table, args, Operands::EndOptions);
     for found in &parsed.options {
         match found {
             (Key::Help, _) => return (print(&help(program, settings.qemu_version)), None),
-            (Key::Version, _) => return (print(&version(program, settings.qemu_version)), None),
+            (Key::Version, _) => {
+                let verbose = parsed.options.iter().any(|(key, _)| *key == Key::Verbose);
+                return (print(&version(program, settings.qemu_version, verbose)), None);
+            }
+            (Key::Verbose, _) => {}
             (Key::Trace, pattern) => {
                 let pattern = pattern.as_deref().unwrap_or_default();
                 program.warn(&format!("trace event '{pattern}' does not exist"));
@@ -106,9 +111,11 @@ fn run(program: &Program, args: &[String]) -> (Outcome, Option<String>) {
     }
 }
 
-fn version(program: &Program, qemu: QemuVersion) -> String {
+/// `verbose`: with the sums of the embedded programs.
+fn version(program: &Program, qemu: QemuVersion, verbose: bool) -> String {
     let known = qemu == QemuVersion::default();
-    match program.is_qemu_img() {
+    let guests = guest::hashes().filter(|_| verbose).map(|(name, hash)| format!("guest {name}: sha256 {hash}\n"));
+    let text = match program.is_qemu_img() {
         true if known => QEMU_IMG_VERSION.to_owned(),
         // Callers read the number, to know what to expect.
         true => format!("qemu-img version {qemu}.0\n"),
@@ -117,12 +124,13 @@ fn version(program: &Program, qemu: QemuVersion) -> String {
             env!("CARGO_PKG_VERSION"),
             if known { "10.0.2".to_owned() } else { qemu.to_string() },
         ),
-    }
+    };
+    text + &guests.collect::<String>()
 }
 
 fn help(program: &Program, qemu: QemuVersion) -> String {
     match program.is_qemu_img() {
         true => include_str!("commands/help/qemu-img.txt").to_owned(),
-        false => format!("{}{}", version(program, qemu), include_str!("commands/help/instar.txt")),
+        false => format!("{}{}", version(program, qemu, false), include_str!("commands/help/instar.txt")),
     }
 }
