@@ -112,8 +112,7 @@ impl<D: BlockWrite> Writer<D> {
         fields[16..].copy_from_slice(&1u32.to_be_bytes());
         self.main.write(TABLE_FIELDS, &fields)?;
         self.main.flush()?;
-        let mut table = Vec::new();
-        table.resize((cluster_size / 8) as usize, 0);
+        let mut table = alloc::vec![0; (cluster_size / 8) as usize];
         table[0] = block_at;
         self.header.l1_offset = HostOffset(l1_at);
         self.header.refcount_table_offset = HostOffset(table_at);

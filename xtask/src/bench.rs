@@ -35,10 +35,39 @@ const WORKLOADS: &[Workload] = &[
     Workload { name: "zlib qcow2 -> qcow2", args: &["convert", "-O", "qcow2", "zlib.qcow2", "{}"] },
     Workload { name: "zstd qcow2 -> raw", args: &["convert", "-O", "raw", "zstd.qcow2", "{}"] },
     Workload { name: "raw -> zlib qcow2", args: &["convert", "-f", "raw", "-O", "qcow2", "-c", "data.raw", "{}"] },
+    Workload { name: "sparse VMDK -> raw", args: &["convert", "-f", "vmdk", "-O", "raw", "sparse.vmdk", "{}"] },
+    Workload { name: "sparse VMDK -> qcow2", args: &["convert", "-f", "vmdk", "-O", "qcow2", "sparse.vmdk", "{}"] },
+    Workload { name: "raw -> sparse VMDK", args: &["convert", "-f", "raw", "-O", "vmdk", "data.raw", "{}"] },
+    Workload {
+        name: "streamOptimized VMDK -> raw",
+        args: &["convert", "-f", "vmdk", "-O", "raw", "stream.vmdk", "{}"],
+    },
+    Workload {
+        name: "raw -> streamOptimized VMDK",
+        args: &["convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized", "data.raw", "{}"],
+    },
+    Workload { name: "dynamic VHD -> raw", args: &["convert", "-f", "vpc", "-O", "raw", "dynamic.vhd", "{}"] },
+    Workload { name: "dynamic VHD -> qcow2", args: &["convert", "-f", "vpc", "-O", "qcow2", "dynamic.vhd", "{}"] },
+    Workload { name: "raw -> dynamic VHD", args: &["convert", "-f", "raw", "-O", "vpc", "data.raw", "{}"] },
+    Workload { name: "dynamic VHDX -> raw", args: &["convert", "-f", "vhdx", "-O", "raw", "dynamic.vhdx", "{}"] },
+    Workload { name: "dynamic VHDX -> qcow2", args: &["convert", "-f", "vhdx", "-O", "qcow2", "dynamic.vhdx", "{}"] },
+    Workload { name: "raw -> dynamic VHDX", args: &["convert", "-f", "raw", "-O", "vhdx", "data.raw", "{}"] },
+    Workload { name: "check, 4 KiB clusters", args: &["check", "c4k.qcow2"] },
+    Workload { name: "map, 4 KiB clusters", args: &["map", "--output=json", "c4k.qcow2"] },
+    Workload { name: "measure", args: &["measure", "-O", "qcow2", "plain.qcow2"] },
+    Workload { name: "compare plain with zlib", args: &["compare", "plain.qcow2", "zlib.qcow2"] },
     Workload {
         name: "raw -> zstd qcow2",
         args: &["convert", "-f", "raw", "-O", "qcow2", "-c", "-o", "compression_type=zstd", "data.raw", "{}"],
     },
+];
+
+/// Inputs that the rows about other formats need: name, format and options.
+const OTHER_INPUTS: &[(&str, &str, &str)] = &[
+    ("sparse.vmdk", "vmdk", "subformat=monolithicSparse"),
+    ("stream.vmdk", "vmdk", "subformat=streamOptimized"),
+    ("dynamic.vhd", "vpc", "subformat=dynamic,force_size=on"),
+    ("dynamic.vhdx", "vhdx", "subformat=dynamic"),
 ];
 
 struct Options {
@@ -206,6 +235,9 @@ fn make_inputs(dir: &Path, mib: u64) -> Result {
     convert(&["-o", "extended_l2=on"], "extl2.qcow2")?;
     convert(&["-c", "-W", "-m", "8"], "zlib.qcow2")?;
     convert(&["-c", "-W", "-m", "8", "-o", "compression_type=zstd"], "zstd.qcow2")?;
+    for (name, format, options) in OTHER_INPUTS {
+        qemu(&["convert", "-f", "raw", "-O", format, "-o", options, "data.raw", name])?;
+    }
     // Six layers: the base, and five that each hold every sixth stretch of 2 MiB.
     let mut below = "plain.qcow2".to_owned();
     for layer in 2..=6 {
