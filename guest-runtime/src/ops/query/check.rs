@@ -5,8 +5,7 @@ use alloc::vec::Vec;
 use instar_blockio::FileId;
 use instar_blockio::check::{CheckReport, Repair};
 use instar_guest_protocol::message::{
-    Call, Cause, CheckFinding, CheckFindings, CheckNumbers, CheckReply, CheckRequest, Failure, FindingKind, Format,
-    Step, call,
+    Call, Cause, CheckFinding, CheckFindings, CheckNumbers, CheckReply, CheckRequest, Failure, Format, Step, call,
 };
 use instar_legacy::{parallels, qed, vdi};
 use instar_qcow2 as qcow2;
