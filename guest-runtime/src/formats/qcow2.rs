@@ -8,8 +8,8 @@ use instar_blockio::check::Repair;
 use instar_blockio::{BlockRead, Codec, FileId, Layer, SectorCipher};
 use instar_guest_protocol::message as wire;
 use instar_guest_protocol::message::{
-    BitmapFault, Call, Cause, CheckFinding, CheckFindings, Failure, Field, FileRole, FindingKind, Format, ImageInfo, Key,
-    OptionError, Preallocation, Qcow2Info, Reference, ResizeRefusal, SnapshotSelector, Step, Target, call,
+    BitmapFault, Call, Cause, CheckFinding, CheckFindings, Failure, Field, FileRole, FindingKind, Format, ImageInfo,
+    Key, OptionError, Preallocation, Qcow2Info, Reference, ResizeRefusal, SnapshotSelector, Step, Target, call,
 };
 use instar_luks as luks;
 use instar_qcow2::{self as qcow2, CompressionType, CreateOptions, Writer};
