@@ -195,7 +195,9 @@ fn workers_start_park_wait_and_wake() {
     let guest = await_count(guest, 2).out(port::START, 2);
     let outcome = await_count(guest, 4).message(DATA, 4).exit().run(&[]).unwrap();
     assert_eq!(outcome.messages[0], 4u32.to_le_bytes());
-    assert_eq!((outcome.stats.starts, outcome.stats.wakes), (2, 4));
+    assert_eq!(outcome.stats.starts, 2);
+    // vCPU 0 may see the count, and end the run, before the last two have rung.
+    assert!((2..=4).contains(&outcome.stats.wakes), "{}", outcome.stats.wakes);
 }
 
 #[test]
