@@ -1,5 +1,7 @@
 //! Where the bytes of the disk lie: spec chapter "Cluster mapping".
 
+use alloc::vec::Vec;
+
 use instar_blockio::{
     BlockMap, BlockRead, Codec, CompressedRun, ErrorKind, Extent, ExtentKind, FileId, Result as BlockResult,
     check_range,
@@ -7,11 +9,21 @@ use instar_blockio::{
 
 use crate::addr::{GuestOffset, HostOffset};
 use crate::error::{Corruption, Error, Result};
+use crate::format::{L2_COMPRESSED, L2_OFFSET_MASK, L2_ZERO};
 use crate::header::{CompressionType, EncryptionMethod};
 use crate::l1::L1Entry;
 use crate::l2::{L2Entry, SubclusterState};
 use crate::open::Image;
 use crate::pages::PAGE;
+
+/// How far the L2 tables are read ahead.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Ahead {
+    /// The L1 entry whose table was read last.
+    last: u64,
+    /// Pages that were read with it.
+    pages: usize,
+}
 
 /// What the L1 table says about a place.
 enum L1Run {
@@ -33,6 +45,15 @@ fn word(view: &[u8], at: usize) -> u64 {
             u64::from_be_bytes(bytes)
         }
     }
+}
+
+/// How many bytes at the beginning are zero, in whole words.
+fn leading_zeroes(bytes: &[u8]) -> usize {
+    let (blocks, _) = bytes.as_chunks::<128>();
+    let zero = |block: &[u8]| block.as_chunks::<8>().0.iter().fold(0, |all, word| all | u64::from_ne_bytes(*word)) == 0;
+    let blocks = blocks.iter().take_while(|block| zero(*block)).count() * 128;
+    let words = bytes[blocks..].as_chunks::<8>().0.iter().take_while(|word| **word == [0; 8]).count();
+    blocks + words * 8
 }
 
 /// Bytes from `offset` to the end of its page.
@@ -62,7 +83,7 @@ impl<D: BlockRead> Image<D> {
             L1Run::Table(table) if !geometry.is_aligned(table.0) => {
                 Err(Error::Corrupt { offset, cause: Corruption::L2Unaligned { table, l1_index } })
             }
-            L1Run::Table(table) => self.l2_run(offset, table, limit),
+            L1Run::Table(table) => self.l2_run(offset, l1_index, table, limit),
         }
     }
 
@@ -88,13 +109,17 @@ impl<D: BlockRead> Image<D> {
 
     /// Looks at the entries of an L2 table from the cluster of `offset` on: those of one page, as far as they make one
     /// run.
-    fn l2_run(&self, offset: u64, table: HostOffset, limit: u64) -> Result<Extent> {
+    fn l2_run(&self, offset: u64, l1_index: u64, table: HostOffset, limit: u64) -> Result<Extent> {
         let geometry = self.header.geometry;
         let (index, size) = (geometry.l2_index(GuestOffset(offset)), geometry.l2_entry_size());
         let at = table.0 + index * size; // below 2^57
         let count = (page_rest(at) / size).min(geometry.l2_entries() - index);
         self.check_table_inside(offset, HostOffset(at))?;
+        self.read_ahead(l1_index, at, table)?;
         self.pages.view(at, |view| {
+            if let Some(run) = self.uniform_run(offset, view, count)? {
+                return Ok(Extent { len: run.len.min(limit), ..run });
+            }
             let mut run: Option<Extent> = None;
             for k in 0..count {
                 let from = run.map_or(offset, |run| run.end());
@@ -119,6 +144,71 @@ impl<D: BlockRead> Image<D> {
             let run = run.ok_or(instar_blockio::Error::new(ErrorKind::Corrupt).at(offset))?;
             Ok(Extent { len: run.len.min(limit), ..run })
         })?
+    }
+
+    /// The long runs of common images, without a look at each part of each entry: nothing allocated, or clusters one behind the
+    /// other. `None` if the entries do not begin with one.
+    fn uniform_run(&self, offset: u64, view: &[u8], count: u64) -> Result<Option<Extent>> {
+        let geometry = self.header.geometry;
+        let size = geometry.l2_entry_size() as usize;
+        let entries = view.get(..(count as usize * size).min(view.len())).unwrap_or_default();
+        let first = word(entries, 0);
+        let rest = geometry.cluster_start(offset).saturating_add(geometry.cluster_size()) - offset;
+        let run = |kind, entries: u64| {
+            let len = rest.saturating_add((entries - 1).saturating_mul(geometry.cluster_size()));
+            Extent { offset, len, depth: 0, kind }
+        };
+        if first == 0 {
+            let empty = leading_zeroes(entries) / size;
+            return Ok((empty > 0).then(|| run(ExtentKind::Unallocated, empty as u64)));
+        }
+        if geometry.extended_l2() || first & (L2_COMPRESSED | L2_ZERO) != 0 || first & L2_OFFSET_MASK == 0 {
+            return Ok(None);
+        }
+        let words = entries.as_chunks::<8>().0.iter().map(|bytes| u64::from_be_bytes(*bytes));
+        let expected = core::iter::successors(Some(first), |word| word.checked_add(geometry.cluster_size()));
+        let same = words.zip(expected).take_while(|(word, expected)| word == expected).count() as u64;
+        let last = first.wrapping_add(same.saturating_sub(1) * geometry.cluster_size());
+        // Otherwise reserved bits were reached, or the place of the last cluster is to be looked at.
+        let plain = same > 1 && (first ^ last) & !L2_OFFSET_MASK == 0 && !self.strict && !self.l2.data_file;
+        let mut extent = None;
+        if plain
+            && let Ok(entry) = self.l2.decode(GuestOffset(offset), first, 0)
+            && self.join_cluster(&mut extent, offset, entry)?
+        {
+            return Ok(extent.map(|extent| run(extent.kind, same)));
+        }
+        Ok(None)
+    }
+
+    /// Before the page at `at`, of the L2 table of an L1 entry, is read: where the disk is walked in order, the pages that will be
+    /// wanted next come in the same turn.
+    fn read_ahead(&self, l1_index: u64, at: u64, table: HostOffset) -> Result<()> {
+        if self.pages.holds(at) {
+            return Ok(());
+        }
+        let Ahead { last, pages } = self.ahead.get();
+        let most = self.pages.room_ahead();
+        let pages = if l1_index >= last { (pages * 2).clamp(1, most) } else { 1 };
+        self.ahead.set(Ahead { last: l1_index, pages });
+        if pages < 2 {
+            return Ok(());
+        }
+        let geometry = self.header.geometry;
+        let table_len = geometry.l2_entries() * geometry.l2_entry_size();
+        let pages_of = |table: HostOffset| (table.0..table.0 + table_len).step_by(PAGE); // below 2^57
+        let mut wanted: Vec<u64> = pages_of(table).filter(|page| *page >= at / PAGE as u64 * PAGE as u64).collect();
+        let l1_at = self.l1.offset.0 + l1_index * 8;
+        let entries = (page_rest(l1_at) / 8).min(self.l1.entries - l1_index);
+        self.pages.view(l1_at, |view| {
+            let next = (1..entries).filter_map(|k| L1Entry::decode(word(view, k as usize * 8)).table);
+            let next = next.filter(|table| geometry.is_aligned(table.0));
+            wanted.extend(next.flat_map(pages_of).take(pages.saturating_sub(wanted.len())));
+        })?;
+        wanted.truncate(pages);
+        // An error of a page that may never be asked for is not told. That of the wanted one comes when it is read alone.
+        let _ = self.pages.read_ahead(&wanted);
+        Ok(())
     }
 
     /// Adds the cluster of `from` to the run, from there to the cluster's end; says whether the run may go on.

@@ -2,7 +2,7 @@
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use core::cell::RefCell;
+use core::cell::{Cell, RefCell};
 use core::ops::Range;
 
 use instar_blockio::{BlockRead, FileId, SectorCipher};
@@ -13,6 +13,7 @@ use crate::extension::{self, Extensions, FeatureNames, c_string};
 use crate::format::HEADER_LEN;
 use crate::header::{Autoclear, CompressionType, EncryptionMethod, Header, Incompatible};
 use crate::l2::L2Format;
+use crate::map::Ahead;
 use crate::pages::{PAGE, Pages};
 use crate::read::Unpacker;
 use crate::{bitmap, snapshot};
@@ -71,6 +72,7 @@ pub struct Image<D> {
     pub(crate) strict: bool,
     pub(crate) cipher: Option<Arc<dyn SectorCipher>>,
     pub(crate) unpacker: RefCell<Unpacker>,
+    pub(crate) ahead: Cell<Ahead>,
 }
 
 /// The L1 table in use.
@@ -109,6 +111,7 @@ impl<D: BlockRead> Image<D> {
             strict: options.strict,
             cipher: None,
             unpacker: RefCell::default(),
+            ahead: Cell::default(),
         })
     }
 

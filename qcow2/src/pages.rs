@@ -3,7 +3,7 @@
 use alloc::vec::Vec;
 use core::cell::RefCell;
 
-use instar_blockio::{BlockRead, Error, ErrorKind, Result};
+use instar_blockio::{BlockRead, Error, ErrorKind, ReadPart, Result};
 
 /// Bytes read at a time. Large enough that a table of common clusters is one request.
 pub(crate) const PAGE: usize = 64 << 10;
@@ -57,6 +57,38 @@ impl<D: BlockRead> Pages<D> {
         Ok(look(page.bytes.get(skip..).unwrap_or_default()))
     }
 
+    /// Whether the page of `offset` is in memory.
+    pub(crate) fn holds(&self, offset: u64) -> bool {
+        let number = offset / PAGE as u64;
+        self.kept.borrow().pages.iter().any(|page| page.number == number)
+    }
+
+    /// Pages that may be read ahead without driving out what is in use.
+    pub(crate) fn room_ahead(&self) -> usize {
+        self.kept.borrow().limit / 2
+    }
+
+    /// Reads the pages of these offsets in one turn, as far as they are not in memory and begin inside the file.
+    ///
+    /// # Errors
+    /// Memory is short, or the device's error; nothing is kept then.
+    pub(crate) fn read_ahead(&self, offsets: &[u64]) -> Result<()> {
+        let mut pages: Vec<Page> = Vec::new();
+        pages.try_reserve(offsets.len()).map_err(|_| Error::new(ErrorKind::OutOfMemory))?;
+        for &offset in offsets.iter().filter(|&&offset| offset < self.file.size() && !self.holds(offset)) {
+            let number = offset / PAGE as u64;
+            if pages.iter().all(|page| page.number != number) {
+                pages.push(self.blank(number)?);
+            }
+        }
+        let mut parts: Vec<ReadPart<'_>> = Vec::new();
+        parts.try_reserve(pages.len()).map_err(|_| Error::new(ErrorKind::OutOfMemory))?;
+        parts.extend(pages.iter_mut().map(|page| ReadPart { offset: page.number * PAGE as u64, buf: &mut page.bytes }));
+        self.file.read_many(&mut parts)?;
+        let mut kept = self.kept.borrow_mut();
+        pages.into_iter().try_for_each(|page| kept.insert(page).map(|_| ()))
+    }
+
     /// Fills `buf` from `offset`.
     pub(crate) fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let mut at = offset;
@@ -83,12 +115,15 @@ impl<D: BlockRead> Pages<D> {
     }
 
     fn load(&self, number: u64) -> Result<Page> {
-        // Only called for a page that begins inside the file.
-        let start = number * PAGE as u64;
-        let len = (self.file.size() - start).min(PAGE as u64) as usize;
-        let mut bytes = zeroed(len)?;
-        self.file.read_at(start, &mut bytes)?;
-        Ok(Page { number, bytes, used: 0 })
+        let mut page = self.blank(number)?;
+        self.file.read_at(number * PAGE as u64, &mut page.bytes)?;
+        Ok(page)
+    }
+
+    /// Memory for a page that begins inside the file.
+    fn blank(&self, number: u64) -> Result<Page> {
+        let len = (self.file.size() - number * PAGE as u64).min(PAGE as u64) as usize;
+        Ok(Page { number, bytes: zeroed(len)?, used: 0 })
     }
 }
 
@@ -177,6 +212,19 @@ mod tests {
         };
         assert_eq!([touch(0), touch(1), touch(0), touch(2)], [1, 2, 2, 3]);
         assert_eq!([touch(0), touch(1)], [3, 4]);
+    }
+
+    #[test]
+    fn pages_read_ahead_are_there() {
+        let pages = pages(4 * PAGE + 9, 4 * PAGE);
+        assert_eq!(pages.room_ahead(), 2);
+        let last = 4 * PAGE as u64;
+        pages.read_ahead(&[7, 9, last, last + 8, last + 9, u64::MAX]).unwrap();
+        assert_eq!(pages.file().reads.get(), 2, "each page once, none behind the end");
+        assert!(pages.holds(0) && pages.holds(last) && !pages.holds(PAGE as u64));
+        pages.view(last, |bytes| assert_eq!(bytes, &pages.file().disk.as_bytes()[4 * PAGE..])).unwrap();
+        pages.read_ahead(&[7, PAGE as u64]).unwrap();
+        assert_eq!(pages.file().reads.get(), 3);
     }
 
     #[test]

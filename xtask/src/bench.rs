@@ -1,8 +1,13 @@
 //! `bench-vs-qemu`: whole commands, sandbox start and end included, against the installed qemu-img.
 //!
 //! The same files, in turn (A B B A …), each pair gives one ratio; the table shows the median ratio and its extremes. Processes that a
-//! command leaves behind are waited for and counted in its CPU time, not in its wall time.
+//! command leaves behind are waited for and counted in its CPU time, not in its wall time. Memory and exits are those of a run of their own.
+//!
+//! `--dir` names the file system: one in memory unless told otherwise, a real disk, or one with reflinks. `--linearity` shows instead how time
+//! and memory grow with the data.
 
+use std::ffi::OsString;
+use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -25,6 +30,7 @@ struct Workload {
 const WORKLOADS: &[Workload] = &[
     Workload { name: "info", args: &["info", "plain.qcow2"] },
     Workload { name: "info --backing-chain of six", args: &["info", "--backing-chain", "chain6.qcow2"] },
+    Workload { name: "measure", args: &["measure", "-O", "qcow2", "plain.qcow2"] },
     Workload { name: "qcow2 -> raw", args: &["convert", "-O", "raw", "plain.qcow2", "{}"] },
     Workload { name: "qcow2 4 KiB clusters -> raw", args: &["convert", "-O", "raw", "c4k.qcow2", "{}"] },
     Workload { name: "qcow2 extended L2 -> raw", args: &["convert", "-O", "raw", "extl2.qcow2", "{}"] },
@@ -35,6 +41,10 @@ const WORKLOADS: &[Workload] = &[
     Workload { name: "zlib qcow2 -> qcow2", args: &["convert", "-O", "qcow2", "zlib.qcow2", "{}"] },
     Workload { name: "zstd qcow2 -> raw", args: &["convert", "-O", "raw", "zstd.qcow2", "{}"] },
     Workload { name: "raw -> zlib qcow2", args: &["convert", "-f", "raw", "-O", "qcow2", "-c", "data.raw", "{}"] },
+    Workload {
+        name: "raw -> zstd qcow2",
+        args: &["convert", "-f", "raw", "-O", "qcow2", "-c", "-o", "compression_type=zstd", "data.raw", "{}"],
+    },
     Workload { name: "sparse VMDK -> raw", args: &["convert", "-f", "vmdk", "-O", "raw", "sparse.vmdk", "{}"] },
     Workload { name: "sparse VMDK -> qcow2", args: &["convert", "-f", "vmdk", "-O", "qcow2", "sparse.vmdk", "{}"] },
     Workload { name: "raw -> sparse VMDK", args: &["convert", "-f", "raw", "-O", "vmdk", "data.raw", "{}"] },
@@ -54,13 +64,18 @@ const WORKLOADS: &[Workload] = &[
     Workload { name: "raw -> dynamic VHDX", args: &["convert", "-f", "raw", "-O", "vhdx", "data.raw", "{}"] },
     Workload { name: "check, 4 KiB clusters", args: &["check", "c4k.qcow2"] },
     Workload { name: "map, 4 KiB clusters", args: &["map", "--output=json", "c4k.qcow2"] },
-    Workload { name: "measure", args: &["measure", "-O", "qcow2", "plain.qcow2"] },
+    Workload { name: "check, 1 TiB with 20 000 clusters", args: &["check", "scattered.qcow2"] },
+    Workload { name: "map, 1 TiB with 20 000 clusters", args: &["map", "--output=json", "scattered.qcow2"] },
+    Workload { name: "compare plain with itself as raw", args: &["compare", "plain.qcow2", "data.raw"] },
     Workload { name: "compare plain with zlib", args: &["compare", "plain.qcow2", "zlib.qcow2"] },
     Workload {
-        name: "raw -> zstd qcow2",
-        args: &["convert", "-f", "raw", "-O", "qcow2", "-c", "-o", "compression_type=zstd", "data.raw", "{}"],
+        name: "compare 1 TiB with 20 000 clusters",
+        args: &["compare", "scattered.qcow2", "scattered-copy.qcow2"],
     },
 ];
+
+/// A disk of 1 TiB of which this many clusters, all over it, hold something.
+const SCATTERED: u64 = 20_000;
 
 /// Inputs that the rows about other formats need: name, format and options.
 const OTHER_INPUTS: &[(&str, &str, &str)] = &[
@@ -75,12 +90,17 @@ struct Options {
     runs: usize,
     dir: PathBuf,
     only: Option<String>,
+    linearity: bool,
 }
 
 fn options(args: &[String]) -> Result<Options> {
-    let mut options = Options { mib: 256, runs: 11, dir: PathBuf::from("/dev/shm"), only: None };
+    let mut options = Options { mib: 256, runs: 11, dir: PathBuf::from("/dev/shm"), only: None, linearity: false };
     let mut args = args.iter();
     while let Some(key) = args.next() {
+        if key == "--linearity" {
+            options.linearity = true;
+            continue;
+        }
         let value = args.next().ok_or_else(|| format!("{key} needs a value"))?;
         match key.as_str() {
             "--mib" => options.mib = value.parse()?,
@@ -98,11 +118,14 @@ pub fn bench_vs_qemu(args: &[String]) -> Result {
     let options = options(args)?;
     let instar = release_binary()?;
     let dir = tempfile::tempdir_in(&options.dir)?;
-    make_inputs(dir.path(), options.mib)?;
     set_child_subreaper(true)?;
+    if options.linearity {
+        return linearity(dir.path(), &instar, options.runs);
+    }
+    make_inputs(dir.path(), options.mib)?;
     println!("{} MiB of real files in {}, {} pairs\n", options.mib, options.dir.display(), options.runs);
-    println!("| workload | ratio (min-max) | instar ms | qemu-img ms | CPU ratio | peak MiB | qemu-img MiB |");
-    println!("|---|---|---|---|---|---|---|");
+    println!("| workload | ratio (min-max) | instar ms | qemu-img ms | CPU ratio | peak MiB | qemu-img MiB | exits |");
+    println!("|---|---|---|---|---|---|---|---|");
     for workload in WORKLOADS {
         if options.only.as_ref().is_none_or(|word| workload.name.contains(word.as_str())) {
             row(dir.path(), workload, &instar, options.runs)?;
@@ -135,7 +158,7 @@ fn row(dir: &Path, workload: &Workload, instar: &Path, runs: usize) -> Result {
     }
     let (low, high) = (ratios.iter().copied().fold(f64::MAX, f64::min), ratios.iter().copied().fold(0.0, f64::max));
     println!(
-        "| {} | {:.2} ({low:.2}-{high:.2}) | {:.1} | {:.1} | {:.2} | {:.0} | {:.0} |",
+        "| {} | {:.2} ({low:.2}-{high:.2}) | {:.1} | {:.1} | {:.2} | {:.0} | {:.0} | {} |",
         workload.name,
         median(&mut ratios),
         median(&mut ours),
@@ -143,7 +166,56 @@ fn row(dir: &Path, workload: &Workload, instar: &Path, runs: usize) -> Result {
         median(&mut cpu_ratios),
         peak_mib(dir, instar, workload)?,
         peak_mib(dir, qemu, workload)?,
+        exits(dir, instar, workload)?,
     );
+    Ok(())
+}
+
+/// Exits of the virtual machine in one run.
+fn exits(dir: &Path, instar: &Path, workload: &Workload) -> Result<u64> {
+    let mut command = Command::new(instar);
+    command.arg("--stats=json").args(arguments(dir, workload)).current_dir(dir).stdin(Stdio::null());
+    let output = command.output()?;
+    reap_orphans();
+    let text = String::from_utf8_lossy(&output.stderr);
+    let number = text.split("\"exits\":").nth(1).unwrap_or_default().trim_start();
+    let digits: String = number.chars().take_while(char::is_ascii_digit).collect();
+    digits.parse().map_err(|_| format!("no count of exits in {text:?}").into())
+}
+
+/// Conversions of growing disks, whose time and memory are to grow as the data does, and not at all.
+fn linearity(dir: &Path, instar: &Path, runs: usize) -> Result {
+    const GIB: [u64; 3] = [1, 4, 16];
+    let workloads = [
+        Workload { name: "qcow2 -> raw", args: &["convert", "-O", "raw", "big.qcow2", "{}"] },
+        Workload { name: "raw -> qcow2", args: &["convert", "-f", "raw", "-O", "qcow2", "big.raw", "{}"] },
+        Workload { name: "check", args: &["check", "big.qcow2"] },
+        Workload { name: "map", args: &["map", "--output=json", "big.qcow2"] },
+        Workload { name: "zlib qcow2 -> raw", args: &["convert", "-O", "raw", "big-zlib.qcow2", "{}"] },
+    ];
+    println!("| workload | GiB | instar ms | ms per GiB | peak MiB |");
+    println!("|---|---|---|---|---|");
+    let piece = dir.join("piece.raw");
+    real_files(&piece, 1 << 30)?;
+    for gib in GIB {
+        let mut big = File::create(dir.join("big.raw"))?;
+        for _ in 0..gib {
+            std::io::copy(&mut File::open(&piece)?, &mut big)?;
+        }
+        for options in
+            [&["-O", "qcow2", "big.raw", "big.qcow2"][..], &["-O", "qcow2", "-c", "big.raw", "big-zlib.qcow2"]]
+        {
+            run(Command::new(instar).current_dir(dir).args(["convert", "-f", "raw"]).args(options))?;
+        }
+        for workload in &workloads {
+            let mut times = Vec::new();
+            for _ in 0..runs {
+                times.push(measure(dir, instar, workload)?.wall * 1e3);
+            }
+            let (time, peak) = (median(&mut times), peak_mib(dir, instar, workload)?);
+            println!("| {} | {gib} | {time:.0} | {:.0} | {peak:.0} |", workload.name, time / gib as f64);
+        }
+    }
     Ok(())
 }
 
@@ -158,12 +230,16 @@ struct Measure {
 }
 
 fn command(dir: &Path, program: &Path, workload: &Workload) -> Command {
+    let mut command = Command::new(program);
+    command.current_dir(dir).stdin(Stdio::null()).stdout(Stdio::null()).args(arguments(dir, workload));
+    command
+}
+
+/// The arguments of a workload, whose output file is not there yet.
+fn arguments(dir: &Path, workload: &Workload) -> impl Iterator<Item = OsString> {
     let output = dir.join("out");
     let _ = fs::remove_file(&output);
-    let mut command = Command::new(program);
-    command.current_dir(dir).stdin(Stdio::null()).stdout(Stdio::null());
-    command.args(workload.args.iter().map(|arg| if *arg == "{}" { output.as_os_str() } else { arg.as_ref() }));
-    command
+    workload.args.iter().map(move |arg| if *arg == "{}" { output.clone().into() } else { arg.into() })
 }
 
 fn measure(dir: &Path, program: &Path, workload: &Workload) -> Result<Measure> {
@@ -238,6 +314,7 @@ fn make_inputs(dir: &Path, mib: u64) -> Result {
     for (name, format, options) in OTHER_INPUTS {
         qemu(&["convert", "-f", "raw", "-O", format, "-o", options, "data.raw", name])?;
     }
+    scattered(dir)?;
     // Six layers: the base, and five that each hold every sixth stretch of 2 MiB.
     let mut below = "plain.qcow2".to_owned();
     for layer in 2..=6 {
@@ -251,6 +328,25 @@ fn make_inputs(dir: &Path, mib: u64) -> Result {
         run(io.arg(&name))?;
         below = name;
     }
+    Ok(())
+}
+
+/// A disk of 1 TiB with a few clusters here and there, and a copy of it.
+fn scattered(dir: &Path) -> Result {
+    const DISK: u64 = 1 << 40;
+    run(Command::new("qemu-img").current_dir(dir).args(["create", "-q", "-f", "qcow2", "scattered.qcow2", "1T"]))?;
+    let mut io = Command::new("qemu-io");
+    let mut io = io.current_dir(dir).arg("scattered.qcow2").stdin(Stdio::piped()).stdout(Stdio::null()).spawn()?;
+    let mut script = String::new();
+    for cluster in 0..SCATTERED {
+        let at = cluster * (DISK / SCATTERED) / 65536 * 65536;
+        let _ = writeln!(script, "write -P {} {at} 4k", cluster % 255 + 1);
+    }
+    io.stdin.take().ok_or("qemu-io takes no commands")?.write_all(script.as_bytes())?;
+    if !io.wait()?.success() {
+        return Err("qemu-io failed".into());
+    }
+    fs::copy(dir.join("scattered.qcow2"), dir.join("scattered-copy.qcow2"))?;
     Ok(())
 }
 

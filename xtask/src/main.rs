@@ -33,7 +33,7 @@ const TASKS: &[Task] = &[
     },
     Task {
         name: "bench-vs-qemu",
-        what: "compare with qemu-img: [--mib N] [--runs N] [--dir DIR] [--only WORD]",
+        what: "compare with qemu-img: [--mib N] [--runs N] [--dir DIR] [--only WORD] [--linearity]",
         run: bench::bench_vs_qemu,
     },
 ];

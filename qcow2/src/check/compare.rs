@@ -7,6 +7,7 @@ use instar_blockio::check::{CheckReport, Clusters, Repair};
 
 use super::Finding;
 use super::counts::{Counts, REACH};
+use super::tables::{BATCH, Table};
 use crate::error::Result;
 use crate::format::{COPIED, L1_OFFSET_MASK, L2_COMPRESSED, L2_OFFSET_MASK};
 use crate::header::Header;
@@ -33,6 +34,8 @@ pub(super) struct Checker<'a, D> {
     pub rebuild: bool,
     /// Where the refcount blocks lie, by number; 0 for none.
     pub blocks: Vec<u64>,
+    /// Some entry of the active tables lacks the COPIED flag.
+    pub uncopied: bool,
     found: &'a mut dyn FnMut(Finding),
 }
 
@@ -48,6 +51,7 @@ impl<'a, D: BlockRead> Checker<'a, D> {
             clusters: Clusters { total, ..Clusters::default() },
             rebuild: false,
             blocks: Vec::new(),
+            uncopied: false,
             found,
         }
     }
@@ -165,33 +169,51 @@ impl<'a, D: BlockRead> Checker<'a, D> {
         }
         numbers.sort_unstable();
         numbers.dedup();
-        for number in numbers {
-            let offset = usize::try_from(number).ok().and_then(|number| self.blocks.get(number)).copied().unwrap_or(0);
-            let block = match offset {
-                0 => None,
-                offset => Some(self.image.pages.read_vec(offset, geometry.cluster_size() as usize)?),
-            };
-            let first = number.saturating_mul(per_block);
-            let end = first.saturating_add(per_block).min(self.file_clusters());
-            let mut cluster = first;
-            while cluster < end {
-                // Where nothing is counted and nothing referred to, whole pages are passed over.
-                if block.is_none() && !self.counts.has_page(cluster) {
-                    cluster = (cluster / REACH + 1) * REACH;
-                    continue;
-                }
-                let stored = block
-                    .as_ref()
-                    .map_or(0, |block| count_at(block, geometry.refcount_order(), (cluster - first) as usize));
-                let referenced = self.counts.get(cluster);
-                if stored != 0 || referenced != 0 {
-                    highest = cluster;
-                }
-                if stored != referenced {
-                    self.differs(cluster, stored, referenced, repair, set)?;
-                }
-                cluster += 1;
+        for group in numbers.chunks((BATCH as u64 / geometry.cluster_size()).max(1) as usize) {
+            let offsets: Vec<u64> = group.iter().map(|number| self.block_at(*number)).collect();
+            let tables = self.read_tables(&offsets.iter().copied().filter(|at| *at != 0).collect::<Vec<_>>())?;
+            for (number, offset) in group.iter().zip(offsets) {
+                let block = tables.iter().find(|table| offset != 0 && table.offset == offset).map(Table::bytes);
+                highest = self.compare_block(*number, block, repair, set)?.unwrap_or(highest);
             }
+        }
+        Ok(highest)
+    }
+
+    /// Where a refcount block lies; 0 if there is none.
+    fn block_at(&self, number: u64) -> u64 {
+        usize::try_from(number).ok().and_then(|number| self.blocks.get(number)).copied().unwrap_or(0)
+    }
+
+    /// Compares the counts of one block with the references; gives the highest cluster in use.
+    fn compare_block(
+        &mut self,
+        number: u64,
+        block: Option<&[u8]>,
+        repair: Repair,
+        set: &mut SetCount<'_>,
+    ) -> Result<Option<u64>> {
+        let geometry = self.header().geometry;
+        let mut highest = None;
+        let first = number.saturating_mul(geometry.refcounts_per_block());
+        let end = first.saturating_add(geometry.refcounts_per_block()).min(self.file_clusters());
+        let mut cluster = first;
+        while cluster < end {
+            // Where nothing is counted and nothing referred to, whole pages are passed over.
+            if block.is_none() && !self.counts.has_page(cluster) {
+                cluster = (cluster / REACH + 1) * REACH;
+                continue;
+            }
+            let stored =
+                block.map_or(0, |block| count_at(block, geometry.refcount_order(), (cluster - first) as usize));
+            let referenced = self.counts.get(cluster);
+            if stored != 0 || referenced != 0 {
+                highest = Some(cluster);
+            }
+            if stored != referenced {
+                self.differs(cluster, stored, referenced, repair, set)?;
+            }
+            cluster += 1;
         }
         Ok(highest)
     }
@@ -224,12 +246,18 @@ impl<'a, D: BlockRead> Checker<'a, D> {
 
     /// Compares the COPIED flags of the active tables with the counts as they are stored (`trust`: as they were found to be right).
     pub fn copied(&mut self, set: &mut SetEntry<'_>, repair: bool) -> Result<()> {
+        // The usual image: everything has the flag, nothing is referred to twice, and the counts say so.
+        let clean =
+            self.report.corruptions + self.report.corruptions_fixed + self.report.leaks + self.report.leaks_fixed;
+        if clean == 0 && !self.uncopied && !self.counts.any_shared() {
+            return Ok(());
+        }
         let header = self.header();
         let geometry = header.geometry;
         let cluster = geometry.cluster_size();
         let tables = self.l1_entries(header.l1_offset.0, header.l1_entries.into())?;
         let words = if geometry.extended_l2() { 2 } else { 1 };
-        for chunk in tables.chunks(((2 << 20) / cluster).max(1) as usize) {
+        for chunk in tables.chunks((BATCH as u64 / cluster).max(1) as usize) {
             let mut offsets = Vec::new();
             for &(index, entry) in chunk {
                 let offset = entry & L1_OFFSET_MASK;
@@ -273,10 +301,10 @@ impl<'a, D: BlockRead> Checker<'a, D> {
         }
         let geometry = self.header().geometry;
         let per_block = geometry.refcounts_per_block();
-        let number = usize::try_from(cluster / per_block).ok();
-        let Some(offset) = number.and_then(|number| self.blocks.get(number)).copied().filter(|at| *at != 0) else {
+        let offset = self.block_at(cluster / per_block);
+        if offset == 0 {
             return Ok(Some(0));
-        };
+        }
         let order = geometry.refcount_order();
         let index = cluster % per_block;
         let (skip, len, first) = match order {

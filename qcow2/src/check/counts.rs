@@ -14,6 +14,7 @@ const LARGE: u8 = u8::MAX;
 pub(super) struct Counts {
     pages: BTreeMap<u64, Box<[u8]>>,
     large: BTreeMap<u64, u64>,
+    shared: bool,
 }
 
 impl Counts {
@@ -29,6 +30,7 @@ impl Counts {
     pub fn add(&mut self, cluster: u64) -> u64 {
         let page = self.pages.entry(cluster / REACH).or_insert_with(|| alloc::vec![0; REACH as usize].into());
         let count = &mut page[(cluster % REACH) as usize];
+        self.shared |= *count > 0;
         if *count < LARGE - 1 {
             *count += 1;
             return (*count).into();
@@ -37,6 +39,11 @@ impl Counts {
         let large = self.large.entry(cluster).or_insert(u64::from(LARGE) - 1);
         *large += 1;
         *large
+    }
+
+    /// Was any cluster referred to more than once?
+    pub fn any_shared(&self) -> bool {
+        self.shared
     }
 
     /// Forgets the references to a cluster.
@@ -83,6 +90,7 @@ mod tests {
         }
         assert_eq!(counts.add(u64::MAX / 512), 1);
         assert_eq!((counts.get(5), counts.get(6), counts.get(u64::MAX)), (700, 0, 0));
+        assert!(counts.any_shared() && !Counts::default().any_shared());
         assert!(counts.has_page(7) && !counts.has_page(REACH));
         assert_eq!(counts.pages().collect::<alloc::vec::Vec<_>>(), [0, u64::MAX / 512 / REACH * REACH]);
     }

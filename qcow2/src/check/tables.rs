@@ -18,10 +18,10 @@ use crate::snapshot;
 const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
 /// Reserved bits of an L2 entry that is not compressed, without extended entries.
 const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
-/// Bytes of L2 tables read at once.
-const BATCH: usize = 2 << 20;
+/// Bytes of tables read at once.
+pub(super) const BATCH: usize = 2 << 20;
 
-/// An L2 table as it was read.
+/// An L2 table or refcount block as it was read.
 pub(super) struct Table {
     /// Where it lies.
     pub offset: u64,
@@ -29,6 +29,11 @@ pub(super) struct Table {
 }
 
 impl Table {
+    /// Its cluster.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
     /// The word at `index`, of 8 bytes.
     pub fn word(&self, index: usize) -> u64 {
         self.bytes.get(index * 8..).and_then(|rest| rest.first_chunk()).map_or(0, |word| u64::from_be_bytes(*word))
@@ -74,6 +79,7 @@ impl<D: BlockRead> Checker<'_, D> {
                 if entry & L1_RESERVED != 0 {
                     self.fault(Finding::L1Reserved { entry });
                 }
+                self.uncopied |= active && entry & COPIED == 0;
                 self.refer(table, cluster);
                 if !self.header().geometry.is_aligned(table) {
                     self.fault(Finding::L2Unaligned { offset: table });
@@ -111,7 +117,7 @@ impl<D: BlockRead> Checker<'_, D> {
         Ok(found)
     }
 
-    /// Reads L2 tables in one turn; those behind the end of the file are left out.
+    /// Reads tables of a cluster each in one turn; those behind the end of the file are left out.
     pub fn read_tables(&self, offsets: &[u64]) -> Result<Vec<Table>> {
         let cluster = self.header().geometry.cluster_size();
         let mut tables = Vec::new();
@@ -154,6 +160,7 @@ impl<D: BlockRead> Checker<'_, D> {
                 self.fault(Finding::ClusterUnaligned { offset: host, zero: words == 1 && entry & L2_ZERO != 0 });
             }
             if active {
+                self.uncopied |= entry & COPIED == 0;
                 self.clusters.allocated += 1;
                 self.clusters.fragmented += u64::from(expected.is_some_and(|expected| expected != host));
                 expected = Some(host.wrapping_add(geometry.cluster_size()));
