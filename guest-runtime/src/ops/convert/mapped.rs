@@ -4,11 +4,11 @@
 use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
+use core::ops::Range;
 
 use super::Sparse;
 use super::fill::{Batch, Fault, Outcome, Scratch, fill, read_under};
-use super::plan::Chunk;
-use super::raw::spans;
+use super::plan::{Chunk, Segment, segments_of};
 use crate::formats::{Compression, MappedImage};
 use crate::lock::Lock;
 use crate::platform::{Io, Platform};
@@ -123,39 +123,45 @@ impl<P: Platform> MappedTarget<P> {
 
     /// Whole units: data, or zeroes that must be said.
     fn whole_units(&self, chunk: &Chunk, sparse: &Sparse, bytes: &mut Vec<u8>) -> Outcome<Vec<Piece>> {
-        self.complete_last_unit(chunk, bytes)?;
+        let segments = self.whole_segments(chunk, bytes)?;
         let unit = self.unit.max(sparse.alignment().into()) as usize;
         let mut pieces: Vec<Piece> = Vec::new();
-        let mut at = 0;
-        while at < bytes.len() {
-            let len = unit.min(bytes.len() - at);
-            let offset = chunk.offset + at as u64;
-            if self.touches(chunk, offset, len as u64) {
-                let zero = !sparse.allocate_all() && is_zero(&bytes[at..at + len]);
-                let kind = if zero { PieceKind::Zeroes } else { PieceKind::Data { at } };
-                push_joined(&mut pieces, Piece { offset, len: len as u64, kind });
+        for segment in segments {
+            let Range { start: mut at, end } = segment.range();
+            while at < end {
+                let len = unit.min(end - at);
+                let offset = segment.offset + (at - segment.at) as u64;
+                if self.touches(chunk, offset, len as u64) {
+                    let zero = !sparse.allocate_all() && is_zero(&bytes[at..at + len]);
+                    let kind = if zero { PieceKind::Zeroes } else { PieceKind::Data { at } };
+                    push_joined(&mut pieces, Piece { offset, len: len as u64, kind });
+                }
+                at += len;
             }
-            at += len;
         }
         Ok(pieces)
     }
 
-    /// Extends the last unit by what the image holds behind the end of the source.
-    fn complete_last_unit(&self, chunk: &Chunk, bytes: &mut Vec<u8>) -> Outcome<()> {
-        let end = chunk.offset + chunk.len;
+    /// The segments of a chunk, the last unit extended by what the image holds behind the end of the source.
+    fn whole_segments(&self, chunk: &Chunk, bytes: &mut Vec<u8>) -> Outcome<Vec<Segment>> {
+        let mut segments = chunk.segments();
+        let Some(last) = segments.last_mut() else { return Ok(segments) };
+        let end = last.offset + last.len;
         let image = self.image.lock();
         let whole = end.checked_next_multiple_of(self.unit).unwrap_or(end).min(image.disk().size());
         if !self.existing || whole <= end {
-            return Ok(());
+            return Ok(segments);
         }
         let start = bytes.len();
         bytes.resize(start + (whole - end) as usize, 0);
+        last.len += whole - end;
         let rest = &mut bytes[start..];
         let read = match &self.backing {
             Some(backing) => read_under(Some(&**backing.lock()), end, rest),
             None => image.disk().read_at(end, rest),
         };
-        read.map_err(Fault::read(end))
+        read.map_err(Fault::read(end))?;
+        Ok(segments)
     }
 
     /// Does the source say anything of this unit (or does the backing image answer for all of it)?
@@ -175,17 +181,21 @@ impl<P: Platform> MappedTarget<P> {
         mut plain: Vec<u8>,
         encoder: &mut Encoder,
     ) -> Outcome<Finished> {
-        self.complete_last_unit(chunk, &mut plain)?;
-        let disk_len = plain.len();
+        let segments = self.whole_segments(chunk, &mut plain)?;
         let unit = self.unit as usize;
         // A last unit that the disk cuts short is compressed as if it were whole.
         plain.resize(plain.len().next_multiple_of(unit), 0);
+        let units = segments.iter().flat_map(|segment| {
+            (0..segment.len).step_by(unit).map(|skip| Segment {
+                offset: segment.offset + skip,
+                len: self.unit.min(segment.len - skip),
+                at: segment.at + skip as usize,
+            })
+        });
         let mut bytes = Vec::with_capacity(plain.len());
         let mut pieces = Vec::new();
-        for (index, input) in plain.chunks_exact(unit).enumerate() {
-            let start = index * unit;
-            let offset = chunk.offset + start as u64;
-            let len = unit.min(disk_len - start) as u64;
+        for Segment { offset, len, at: start } in units {
+            let input = &plain[start..start + unit];
             if !self.touches(chunk, offset, len) {
                 continue;
             }
@@ -322,12 +332,10 @@ fn holds_data(extent: &Extent) -> bool {
 /// Runs of data inside what the source allocates.
 fn runs(chunk: &Chunk, sparse: &Sparse, bytes: &[u8]) -> Vec<Piece> {
     let mut pieces = Vec::new();
-    for (offset, len) in spans(&chunk.extents, holds_data) {
-        let start = (offset - chunk.offset) as usize;
-        let span = &bytes[start..start + len as usize];
-        for run in data_runs(span, offset, sparse.alignment(), sparse.min_zero()) {
-            let kind = PieceKind::Data { at: start + run.start };
-            pieces.push(Piece { offset: offset + run.start as u64, len: run.len() as u64, kind });
+    for span in segments_of(&chunk.extents, holds_data) {
+        for run in data_runs(&bytes[span.range()], span.offset, sparse.alignment(), sparse.min_zero()) {
+            let kind = PieceKind::Data { at: span.at + run.start };
+            pieces.push(Piece { offset: span.offset + run.start as u64, len: run.len() as u64, kind });
         }
     }
     pieces

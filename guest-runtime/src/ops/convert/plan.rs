@@ -10,6 +10,9 @@ use super::fill::{Fault, Outcome};
 /// A run of zeroes is handed out in pieces of at most this many bytes, so that progress stays visible.
 const MAX_ZERO_CHUNK: u64 = 1 << 30;
 
+/// Segments of one chunk at most.
+const MAX_SEGMENTS: usize = 32;
+
 /// What the target makes of areas that hold no data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::ops) struct Rules {
@@ -25,24 +28,66 @@ pub(in crate::ops) struct Rules {
     pub chunk: u64,
 }
 
-/// One piece of work.
+/// One piece of work: a segment of the disk, or several where little lies here and there. One turn with the host serves them all.
 #[derive(Debug)]
 pub(in crate::ops) struct Chunk {
     /// Position in the order of the disk: 0, 1, 2, …
     pub seq: u64,
     /// Where it begins on the disk.
     pub offset: u64,
-    /// Bytes.
+    /// Bytes of all segments. In a buffer they lie one behind the other.
     pub len: u64,
-    /// Its runs, without gaps.
+    /// Its runs, in order. Where one does not begin where the one before ends, a new segment begins.
     pub extents: Vec<Extent>,
 }
 
+/// A part of the disk without gaps, and where its bytes lie in the buffer of its chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::ops) struct Segment {
+    pub offset: u64,
+    pub len: u64,
+    pub at: usize,
+}
+
+impl Segment {
+    /// Its bytes in the buffer.
+    pub fn range(&self) -> core::ops::Range<usize> {
+        self.at..self.at + self.len as usize
+    }
+}
+
 impl Chunk {
+    /// Its segments, in order; at least one.
+    pub fn segments(&self) -> Vec<Segment> {
+        segments_of(&self.extents, |_| true)
+    }
+
+    /// Does `next` begin where this ends?
+    fn touches(&self, next: &Self) -> bool {
+        self.extents.last().is_some_and(|last| last.end() == next.offset)
+    }
+
     /// One run of zeroes, possibly longer than a buffer.
     pub fn is_zero(&self) -> bool {
         matches!(self.extents.as_slice(), [Extent { kind: ExtentKind::Zero { .. } | ExtentKind::Unallocated, .. }])
     }
+}
+
+/// Neighbouring wanted runs of a chunk.
+pub(in crate::ops) fn segments_of(extents: &[Extent], wanted: impl Fn(&Extent) -> bool) -> Vec<Segment> {
+    let mut found: Vec<Segment> = Vec::new();
+    let mut at = 0;
+    for extent in extents {
+        let len = extent.len as usize;
+        if wanted(extent) {
+            match found.last_mut() {
+                Some(last) if last.offset + last.len == extent.offset => last.len += extent.len,
+                _ => found.push(Segment { offset: extent.offset, len: extent.len, at }),
+            }
+        }
+        at += len;
+    }
+    found
 }
 
 /// Hands out chunks in the order of the disk.
@@ -53,12 +98,14 @@ pub(in crate::ops) struct Planner {
     end: u64,
     seq: u64,
     skipped: u64,
+    /// What did not fit into the last chunk any more.
+    kept: Option<Chunk>,
 }
 
 impl Planner {
     pub fn new(source: Box<dyn Layer>, rules: Rules) -> Self {
         let end = source.size();
-        Self { source, rules, cursor: 0, end, seq: 0, skipped: 0 }
+        Self { source, rules, cursor: 0, end, seq: 0, skipped: 0, kept: None }
     }
 
     /// Sequence number of the chunk that [`next`](Self::next) would give.
@@ -81,6 +128,30 @@ impl Planner {
     /// # Errors
     /// The source's error.
     pub fn next(&mut self) -> Outcome<Option<Chunk>> {
+        let Some(mut chunk) = self.next_segment()? else { return Ok(None) };
+        let mut segments = 1;
+        while segments < MAX_SEGMENTS && chunk.len < self.rules.chunk && !chunk.is_zero() {
+            // What lies before an error is still good.
+            let Ok(Some(more)) = self.next_segment() else { break };
+            // Segments are looked at one by one, so two that touch do not make one chunk.
+            if more.is_zero() || chunk.len + more.len > self.rules.chunk || chunk.touches(&more) {
+                self.kept = Some(more);
+                break;
+            }
+            chunk.len += more.len;
+            chunk.extents.extend(more.extents);
+            segments += 1;
+        }
+        chunk.seq = self.seq;
+        self.seq += 1;
+        Ok(Some(chunk))
+    }
+
+    /// The next chunk of one segment.
+    fn next_segment(&mut self) -> Outcome<Option<Chunk>> {
+        if let Some(chunk) = self.kept.take() {
+            return Ok(Some(chunk));
+        }
         while self.cursor < self.end {
             let first = self.extent(self.cursor, self.end - self.cursor)?;
             if self.skips(&first) {
@@ -92,7 +163,6 @@ impl Planner {
                 Some(chunk) => chunk,
                 None => self.gather()?,
             };
-            self.seq += 1;
             self.cursor = chunk.offset + chunk.len;
             return Ok(Some(chunk));
         }

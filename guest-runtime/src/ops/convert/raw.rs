@@ -6,7 +6,7 @@ use alloc::vec::Vec;
 use instar_blockio::{Extent, ExtentKind, FileId, SectorCipher, ZeroMode, data_runs};
 
 use super::fill::{Batch, Fault, Outcome, Scratch, fill};
-use super::plan::Chunk;
+use super::plan::{Chunk, segments_of};
 use super::{Counters, Sparse};
 use crate::platform::{Io, Platform};
 
@@ -50,21 +50,19 @@ impl RawTarget {
         fill(platform, chunk, buf, scratch, None, |extent| !direct(extent), batch)?;
         self.encrypt(chunk, buf)?;
         let mut writes = Batch::default();
-        for span in spans(&chunk.extents, |extent| !direct(extent)) {
-            let start = (span.0 - chunk.offset) as usize;
-            let bytes = &buf[start..start + span.1 as usize];
-            self.write_span(span.0, bytes, sparse, &mut writes);
-            counters.add_transformed(span.1);
+        for span in segments_of(&chunk.extents, |extent| !direct(extent)) {
+            self.write_span(span.offset, &buf[span.range()], sparse, &mut writes);
+            counters.add_transformed(span.len);
         }
         writes.submit(platform)
     }
 
     /// Encrypts the bytes of a chunk, where the target is encrypted: all of it goes through the buffer then.
     fn encrypt(&self, chunk: &Chunk, bytes: &mut [u8]) -> Outcome<()> {
-        match &self.cipher {
-            Some(cipher) => cipher.encrypt(chunk.offset, bytes).map_err(Fault::write(chunk.offset)),
-            None => Ok(()),
-        }
+        let Some(cipher) = &self.cipher else { return Ok(()) };
+        chunk.segments().iter().try_for_each(|segment| {
+            cipher.encrypt(segment.offset, &mut bytes[segment.range()]).map_err(Fault::write(segment.offset))
+        })
     }
 
     /// Writes a chunk whose bytes are there already.
@@ -77,7 +75,9 @@ impl RawTarget {
     ) -> Outcome<()> {
         self.encrypt(chunk, bytes)?;
         let mut writes = Batch::default();
-        self.write_span(chunk.offset, bytes, sparse, &mut writes);
+        for segment in chunk.segments() {
+            self.write_span(segment.offset, &bytes[segment.range()], sparse, &mut writes);
+        }
         writes.submit(platform)
     }
 
@@ -105,16 +105,4 @@ impl RawTarget {
             write(run.start, run.end);
         }
     }
-}
-
-/// Neighbouring wanted runs as `(offset, len)`.
-pub(in crate::ops) fn spans(extents: &[Extent], wanted: impl Fn(&Extent) -> bool) -> Vec<(u64, u64)> {
-    let mut found: Vec<(u64, u64)> = Vec::new();
-    for extent in extents.iter().filter(|extent| wanted(extent)) {
-        match found.last_mut() {
-            Some((start, len)) if *start + *len == extent.offset => *len += extent.len,
-            _ => found.push((extent.offset, extent.len)),
-        }
-    }
-    found
 }

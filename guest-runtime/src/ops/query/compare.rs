@@ -17,6 +17,8 @@ use crate::platform::Platform;
 
 /// Bytes of a piece.
 const PIECE: u64 = 2 << 20;
+/// Parts of one piece at most.
+const MAX_PARTS: usize = 24;
 /// The unit in which a difference is told.
 const SECTOR: usize = 512;
 /// Bytes between two reports of progress that is not shown.
@@ -37,11 +39,53 @@ struct Fault {
     error: Error,
 }
 
-/// A piece of both disks.
+/// Parts of both disks, the same of each.
 struct Piece {
     offset: u64,
     len: u64,
     extents: [Vec<Extent>; 2],
+}
+
+impl Piece {
+    /// Where on the disk the byte at `index` of what was read lies.
+    fn disk_offset(&self, index: usize) -> u64 {
+        let mut rest = index as u64;
+        for extent in &self.extents[0] {
+            if rest < extent.len {
+                return extent.offset + rest;
+            }
+            rest -= extent.len;
+        }
+        self.offset
+    }
+
+    /// Without what is zero at the end of both.
+    fn trimmed(mut self) -> Self {
+        while let ([.., first], [.., second]) = (&*self.extents[0], &*self.extents[1])
+            && is_zero_run(first)
+            && is_zero_run(second)
+        {
+            let len = first.len.min(second.len);
+            self.len -= len;
+            for extents in &mut self.extents {
+                if let Some(last) = extents.last_mut() {
+                    last.len -= len;
+                    if last.len == 0 {
+                        extents.pop();
+                    }
+                }
+            }
+        }
+        self
+    }
+
+    fn is_zero(&self) -> bool {
+        self.extents.iter().flatten().all(is_zero_run)
+    }
+}
+
+fn is_zero_run(extent: &Extent) -> bool {
+    matches!(extent.kind, ExtentKind::Zero { .. } | ExtentKind::Unallocated)
 }
 
 struct Plan<P: Platform> {
@@ -110,22 +154,44 @@ fn work<P: Platform>(platform: &P, plan: &Lock<Plan<P>>, total: u64, step: u64) 
 }
 
 impl<P: Platform> Plan<P> {
-    /// The next piece in which at least one disk may hold something else than zeroes.
+    /// The next piece in which at least one disk may hold something else than zeroes. Where little lies here and there, several parts
+    /// make one piece: they are read in one turn.
     fn next(&mut self) -> Option<Piece> {
+        let mut piece: Option<Piece> = None;
+        for _ in 0..MAX_PARTS {
+            if piece.as_ref().is_some_and(|piece| piece.len >= PIECE / 2) {
+                break;
+            }
+            let Some(more) = self.next_part() else { break };
+            match &mut piece {
+                None => piece = Some(more),
+                Some(piece) => {
+                    piece.len += more.len;
+                    for (extents, more) in piece.extents.iter_mut().zip(more.extents) {
+                        extents.extend(more);
+                    }
+                }
+            }
+        }
+        piece
+    }
+
+    fn next_part(&mut self) -> Option<Piece> {
         loop {
             let end = self.disks[0].size().max(self.disks[1].size());
             let limit = self.mismatch.map_or(end, |mismatch| mismatch.offset).min(self.fault_offset());
             if self.cursor >= limit {
                 return None;
             }
-            let piece = self.gather((self.cursor / PIECE + 1).saturating_mul(PIECE).min(end))?;
-            let zero = |extents: &[Extent]| {
-                extents.iter().all(|extent| matches!(extent.kind, ExtentKind::Zero { .. } | ExtentKind::Unallocated))
-            };
-            if !(zero(&piece.extents[0]) && zero(&piece.extents[1])) {
-                return Some(piece);
+            let part = self.gather((self.cursor / PIECE + 1).saturating_mul(PIECE).min(end))?;
+            let len = part.len;
+            if part.is_zero() {
+                self.done += len;
+                continue;
             }
-            self.done += piece.len;
+            let part = part.trimmed();
+            self.done += len - part.len;
+            return Some(part);
         }
     }
 
@@ -228,5 +294,5 @@ fn compare<P: Platform>(
     }
     let sectors = first.chunks(SECTOR).zip(second.chunks(SECTOR));
     let index = sectors.enumerate().find(|(_, (a, b))| a != b).map_or(0, |(index, _)| index);
-    Ok(Some(piece.offset + (index * SECTOR) as u64))
+    Ok(Some(piece.disk_offset(index * SECTOR)))
 }
