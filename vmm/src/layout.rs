@@ -12,7 +12,8 @@
 //! 0x0020_0000  program                 as its segments say: RX, R, RW; ends below 16 MiB
 //!      2 MiB   stacks                  each 2 MiB of guard, then 2 MiB RW, growing down
 //!  alignment   guard                   2 MiB
-//!              heap                    RW, in pages of 2 MiB, to the end
+//!              heap                    RW, in pages of 2 MiB, to the end; the guest is given its last 256 KiB below the first
+//!                                      multiple of 2 MiB, and all behind it
 //! ```
 //!
 //! The memory behind is one anonymous mapping; guards and gaps cost address space only (and 8 bytes of the kernel's per page,
@@ -51,6 +52,8 @@ pub const IMAGE_END: u64 = 0x100_0000;
 pub const STACK_BYTES: u64 = LARGE_PAGE;
 /// From one stack to the next, a guard between them.
 pub const STACK_STRIDE: u64 = 2 * LARGE_PAGE;
+/// The beginning of the heap, which small jobs do with: memory for it is taken in small pages, for all behind it in large ones.
+pub const SMALL_HEAP: u64 = 256 << 10;
 /// Largest heap. Its page tables fit, and all addresses fit into 36 bits, which every processor has.
 pub const MAX_HEAP: u64 = 32 << 30;
 
@@ -112,13 +115,15 @@ impl Layout {
             let end = stack_top(stacks, vcpu);
             large(end - STACK_BYTES, end)
         }));
-        let heap = stack_top(stacks, vcpus - 1) + LARGE_PAGE;
+        let first = stack_top(stacks, vcpus - 1) + LARGE_PAGE;
         let used: u64 = mapped.iter().map(|range| range.end - range.start).sum::<u64>() + BOOT_PAGE;
-        let heap_len = ceiling.saturating_sub(used).min(MAX_HEAP) / LARGE_PAGE * LARGE_PAGE;
-        if heap_len == 0 {
+        let len = ceiling.saturating_sub(used).min(MAX_HEAP) / LARGE_PAGE * LARGE_PAGE;
+        if len == 0 {
             return Err(Error::TooLittleMemory { needed: used + LARGE_PAGE, allowed: ceiling });
         }
-        mapped.push(large(heap, heap + heap_len));
+        mapped.push(large(first, first + len));
+        let unused = LARGE_PAGE - SMALL_HEAP;
+        let (heap, heap_len) = (first + unused, len - unused);
         Ok(Self { mapped, vcpus, stacks, heap, heap_len, entry: program.entry })
     }
 
@@ -157,7 +162,8 @@ mod tests {
     fn ranges_ascend_with_guards_below_stacks() {
         let layout = Layout::new(&program(), 16, 256 << 20).unwrap();
         assert!(layout.mapped.windows(2).all(|pair| pair[0].end <= pair[1].start));
-        let stacks: Vec<_> = layout.mapped.iter().filter(|r| r.start >= IMAGE_END && r.end < layout.heap).collect();
+        let stacks: Vec<_> =
+            layout.mapped.iter().filter(|r| r.start >= IMAGE_END && r.end <= layout.stack_top(15)).collect();
         assert_eq!(stacks.len(), 16);
         for (i, stack) in stacks.iter().enumerate() {
             assert_eq!(stack.end, layout.stack_top(i as u32));
@@ -165,7 +171,8 @@ mod tests {
             assert!(stack.start - below >= LARGE_PAGE, "stack {i}");
         }
         let top = stacks.last().unwrap().end;
-        assert_eq!(layout.heap - top, LARGE_PAGE);
+        assert_eq!(layout.mapped.last().unwrap().start - top, LARGE_PAGE);
+        assert_eq!((layout.heap + SMALL_HEAP) % LARGE_PAGE, 0);
         assert!(layout.mapped.iter().all(|r| !(r.write && r.execute) && r.start >= BOOT_PAGE));
     }
 
@@ -174,9 +181,9 @@ mod tests {
         let layout = Layout::new(&program(), 2, 64 << 20).unwrap();
         let used: u64 = layout.mapped.iter().map(|r| r.end - r.start).sum();
         assert!(used + BOOT_PAGE <= 64 << 20);
-        assert_eq!(layout.heap_len % LARGE_PAGE, 0);
+        assert_eq!(layout.heap_len % LARGE_PAGE, SMALL_HEAP);
         assert!(matches!(Layout::new(&program(), 1, 3 << 20), Err(Error::TooLittleMemory { .. })));
-        assert_eq!(Layout::new(&program(), 1, u64::MAX).unwrap().heap_len, MAX_HEAP);
+        assert_eq!(Layout::new(&program(), 1, u64::MAX).unwrap().heap_len.next_multiple_of(LARGE_PAGE), MAX_HEAP);
         assert_eq!(Layout::new(&program(), 0, 64 << 20).unwrap().vcpus, 1);
         assert_eq!(Layout::new(&program(), 99, 256 << 20).unwrap().vcpus, 16);
     }

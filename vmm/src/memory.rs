@@ -10,7 +10,7 @@ use kvm_ioctls::VmFd;
 use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use crate::layout::{BOOT_PAGE, IMAGE_START, LARGE_PAGE, Layout, Mapped, PAGE, TABLES_START, TASK_STATE};
+use crate::layout::{BOOT_PAGE, IMAGE_START, LARGE_PAGE, Layout, Mapped, PAGE, SMALL_HEAP, TABLES_START, TASK_STATE};
 
 /// Page tables of a small guest: top, 512 GiB, 1 GiB, one each for boot page and program.
 const USUAL_TABLES: u64 = 5;
@@ -18,8 +18,6 @@ const USUAL_TABLES: u64 = 5;
 const USUAL_BOOT_PAGES: u64 = 3;
 /// Stack that any program uses, bytes.
 const USUAL_STACK: u64 = 4 * PAGE;
-/// Heap that small jobs use, bytes.
-const USUAL_HEAP: u64 = 32 * PAGE;
 
 /// The memory of one guest, from guest-physical address 0.
 pub struct GuestMemory {
@@ -49,10 +47,8 @@ impl GuestMemory {
 
     /// Decides where pages come from: large ones for the bulk of the heap, small ones at once for what every run touches.
     fn populate(&self, layout: &Layout) {
-        // One fault for 2 MiB instead of 512. But zeroing 2 MiB takes as long as 30 faults: a guest with one vCPU has a small
-        // job, and starts on small pages.
-        let small_heap = if layout.vcpus == 1 { LARGE_PAGE } else { 0 };
-        self.advise(layout.heap + small_heap, layout.heap_len - small_heap, libc::MADV_HUGEPAGE);
+        // One fault for 2 MiB instead of 512. But zeroing 2 MiB takes as long as 30 faults, so what a small job needs is in small pages.
+        self.advise(layout.heap + SMALL_HEAP, layout.heap_len - SMALL_HEAP, libc::MADV_HUGEPAGE);
         // What every run touches is populated at once: a fault costs several times what its page does, and twice that when
         // it's the guest that takes it.
         let image_end = layout.mapped.iter().filter(|r| !r.large).map(|r| r.end).max().unwrap_or(IMAGE_START);
@@ -61,7 +57,7 @@ impl GuestMemory {
             (TASK_STATE, BOOT_PAGE + USUAL_BOOT_PAGES * PAGE),
             (IMAGE_START, image_end.min(IMAGE_START + LARGE_PAGE)),
             (layout.stack_top(0) - USUAL_STACK, layout.stack_top(0)),
-            (layout.heap, layout.heap + small_heap.min(USUAL_HEAP)),
+            (layout.heap, layout.heap + SMALL_HEAP),
         ] {
             self.advise(start, end - start, libc::MADV_POPULATE_WRITE);
         }
@@ -165,7 +161,7 @@ pub mod tests {
     use crate::layout::DEVICES;
 
     /// Start of the heap in [`sample`].
-    pub const HEAP: u64 = 0xe0_0000;
+    pub const HEAP: u64 = 0xfc_0000;
 
     /// Memory of a guest with one page of code and one of data.
     pub fn sample() -> GuestMemory {
@@ -191,7 +187,7 @@ pub mod tests {
         assert!(memory.writable(IMAGE_START + PAGE, PAGE).is_ok());
         assert!(memory.writable(DEVICES, 1).is_err());
         assert!(memory.writable(BOOT_PAGE, PAGE).is_ok());
-        for unmapped in [0, TABLES_START, BOOT_PAGE - 1, 0x40_0000, STACK_0, STACK_1, HEAP - 1, end, u64::MAX] {
+        for unmapped in [0, TABLES_START, BOOT_PAGE - 1, 0x40_0000, STACK_0, STACK_1, 0xdf_ffff, end, u64::MAX] {
             assert!(memory.readable(unmapped, 1).is_err(), "{unmapped:#x}");
         }
         assert!(memory.writable(STACK_1 - 8, 8).is_ok());

@@ -142,7 +142,7 @@ mod tests {
         let layout = Layout::new(&program(), 1, 64 << 20).unwrap();
         let memory = GuestMemory::new(&layout).unwrap();
         build(&memory, &layout).unwrap();
-        let (top, heap) = (layout.stack_top(0), layout.heap);
+        let (top, heap) = (layout.stack_top(0), layout.mapped.last().unwrap().start);
         let guards = [top - STACK_BYTES - 1, top, heap - 1, layout.size()];
         for unmapped in [0, TABLES_START, TABLES_END - 1].into_iter().chain(guards) {
             assert_eq!(walk(&memory, unmapped), None, "{unmapped:#x}");
@@ -156,7 +156,7 @@ mod tests {
     #[test]
     fn the_largest_heap_fits_the_tables() {
         let layout = Layout::new(&program(), 16, u64::MAX).unwrap();
-        assert_eq!(layout.heap_len, MAX_HEAP);
+        assert_eq!(layout.heap_len.next_multiple_of(LARGE_PAGE), MAX_HEAP);
         let memory = GuestMemory::new(&layout).unwrap();
         build(&memory, &layout).unwrap();
         assert!(walk(&memory, layout.size() - 1).is_some());

@@ -78,7 +78,7 @@ fn the_boot_page_says_what_there_is() {
     let page = BootPage::read_from_bytes(&outcome.messages[0]).unwrap();
     assert_eq!((page.magic, page.vcpu_count, page.device_count), (MAGIC, 3, 2));
     assert_eq!((page.request_addr, page.request_len), (BOOT + 0x1_0000, 7));
-    assert_eq!(page.heap_addr % (2 << 20), 0);
+    assert_eq!(page.heap_addr % (2 << 20), (2 << 20) - (256 << 10));
     assert!(page.heap_len >= 64 << 20 && page.heap_len <= 128 << 20);
     assert_eq!(page.devices_addr, BOOT + 0x2000);
     assert_eq!(page.vcpus[2].transport.device_features, 1 << 32);

@@ -13,7 +13,7 @@ use talc::source::Source;
 
 use crate::lock::Lock;
 
-/// The heap grows in multiples of this (a large page of the monitor).
+/// The heap grows to multiples of this (a large page of the monitor), from its small beginning below one.
 const STEP: usize = 2 << 20;
 /// What an allocation may need beyond its size and alignment.
 const OVERHEAD: usize = 256;
@@ -44,8 +44,9 @@ unsafe impl Source for Region {
         if next == end || needed > end - next + STEP {
             return Err(());
         }
-        let step = needed.checked_next_multiple_of(STEP).ok_or(())?.min(end - next);
-        let stop = ptr::with_exposed_provenance_mut::<u8>(next + step);
+        let stop = next.checked_add(needed).and_then(|stop| stop.checked_next_multiple_of(STEP)).ok_or(())?.min(end);
+        let step = stop - next;
+        let stop = ptr::with_exposed_provenance_mut::<u8>(stop);
         let new_end = match heap_end {
             // SAFETY: the region up to `end` is this allocator's alone (`init`), and `heap_end` is its heap's present end.
             Some(heap_end) => Some(unsafe { talc.extend(heap_end, stop) }),
