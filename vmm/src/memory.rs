@@ -49,13 +49,16 @@ impl GuestMemory {
     fn populate(&self, layout: &Layout) {
         // One fault for 2 MiB instead of 512. But zeroing 2 MiB takes as long as 30 faults, so what a small job needs is in small pages.
         self.advise(layout.heap + SMALL_HEAP, layout.heap_len - SMALL_HEAP, libc::MADV_HUGEPAGE);
+        // A program of some size is copied to its place as a whole.
+        let image_end = layout.mapped.iter().filter(|r| !r.large).map(|r| r.end).max().unwrap_or(IMAGE_START);
+        let large_image = (image_end - IMAGE_START).next_multiple_of(LARGE_PAGE);
+        self.advise(IMAGE_START, large_image, libc::MADV_HUGEPAGE);
         // What every run touches is populated at once: a fault costs several times what its page does, and twice that when
         // it's the guest that takes it.
-        let image_end = layout.mapped.iter().filter(|r| !r.large).map(|r| r.end).max().unwrap_or(IMAGE_START);
         for (start, end) in [
             (TABLES_START, TABLES_START + USUAL_TABLES * PAGE),
             (TASK_STATE, BOOT_PAGE + USUAL_BOOT_PAGES * PAGE),
-            (IMAGE_START, image_end.min(IMAGE_START + LARGE_PAGE)),
+            (IMAGE_START, IMAGE_START + PAGE),
             (layout.stack_top(0) - USUAL_STACK, layout.stack_top(0)),
             (layout.heap, layout.heap + SMALL_HEAP),
         ] {
