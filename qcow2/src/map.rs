@@ -14,7 +14,6 @@ use crate::header::{CompressionType, EncryptionMethod};
 use crate::l1::L1Entry;
 use crate::l2::{L2Entry, SubclusterState};
 use crate::open::Image;
-use crate::pages::PAGE;
 
 /// How far the L2 tables are read ahead.
 #[derive(Clone, Copy, Debug, Default)]
@@ -56,11 +55,6 @@ fn leading_zeroes(bytes: &[u8]) -> usize {
     blocks + words * 8
 }
 
-/// Bytes from `offset` to the end of its page.
-fn page_rest(offset: u64) -> u64 {
-    PAGE as u64 - offset % PAGE as u64
-}
-
 impl<D: BlockRead> Image<D> {
     /// As [`BlockMap::extent_at`], but with the full cause of an error.
     ///
@@ -95,7 +89,7 @@ impl<D: BlockRead> Image<D> {
         let span = self.header.geometry.l2_span();
         let at = self.l1.offset.0 + index * 8; // a table's end was checked
         let wanted = (limit / span).saturating_add(2);
-        let count = (page_rest(at) / 8).min(self.l1.entries - index).min(wanted);
+        let count = (self.pages.rest(at) / 8).min(self.l1.entries - index).min(wanted);
         self.check_table_inside(offset, HostOffset(at))?;
         let run = self.pages.view(at, |view| {
             if let Some(table) = L1Entry::decode(word(view, 0)).table {
@@ -113,7 +107,7 @@ impl<D: BlockRead> Image<D> {
         let geometry = self.header.geometry;
         let (index, size) = (geometry.l2_index(GuestOffset(offset)), geometry.l2_entry_size());
         let at = table.0 + index * size; // below 2^57
-        let count = (page_rest(at) / size).min(geometry.l2_entries() - index);
+        let count = (self.pages.rest(at) / size).min(geometry.l2_entries() - index);
         self.check_table_inside(offset, HostOffset(at))?;
         self.read_ahead(l1_index, at, table)?;
         self.pages.view(at, |view| {
@@ -196,10 +190,10 @@ impl<D: BlockRead> Image<D> {
         }
         let geometry = self.header.geometry;
         let table_len = geometry.l2_entries() * geometry.l2_entry_size();
-        let pages_of = |table: HostOffset| (table.0..table.0 + table_len).step_by(PAGE); // below 2^57
-        let mut wanted: Vec<u64> = pages_of(table).filter(|page| *page >= at / PAGE as u64 * PAGE as u64).collect();
+        let pages_of = |table: HostOffset| self.pages.starts(table.0, table_len);
+        let mut wanted: Vec<u64> = pages_of(table).filter(|page| page + self.pages.rest(*page) > at).collect();
         let l1_at = self.l1.offset.0 + l1_index * 8;
-        let entries = (page_rest(l1_at) / 8).min(self.l1.entries - l1_index);
+        let entries = (self.pages.rest(l1_at) / 8).min(self.l1.entries - l1_index);
         self.pages.view(l1_at, |view| {
             let next = (1..entries).filter_map(|k| L1Entry::decode(word(view, k as usize * 8)).table);
             let next = next.filter(|table| geometry.is_aligned(table.0));

@@ -88,7 +88,7 @@ impl<D: BlockRead> Image<D> {
     /// # Errors
     /// What QEMU refuses when it opens an image; the same cause where there are several.
     pub fn open(file: D, id: FileId, options: &OpenOptions) -> Result<Self> {
-        let pages = Pages::new(file, options.cache_bytes);
+        let mut pages = Pages::new(file, options.cache_bytes);
         let header = Header::parse(&read_array::<_, HEADER_LEN>(&pages)?)?;
         let extensions = Extensions::parse(&header, &read_area(&pages, header.extension_area())?)?;
         let backing_file = match header.backing_name()? {
@@ -99,6 +99,7 @@ impl<D: BlockRead> Image<D> {
         if let Some(directory) = &extensions.bitmaps {
             bitmap::check(&pages, &header, directory)?;
         }
+        pages.fit(header.geometry.cluster_size());
         Ok(Self {
             pages,
             id,

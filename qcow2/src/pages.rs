@@ -1,30 +1,35 @@
 //! Read cache of metadata: the file in pages, the least recently used of which make room.
 
+use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 use core::cell::RefCell;
 
 use instar_blockio::{BlockRead, Error, ErrorKind, ReadPart, Result};
 
-/// Bytes read at a time. Large enough that a table of common clusters is one request.
+/// Bytes read at a time, unless the tables are smaller. Large enough that a table of common clusters is one request.
 pub(crate) const PAGE: usize = 64 << 10;
+/// The smallest page.
+const MIN_PAGE: usize = 4 << 10;
 
 /// A file whose metadata is read page by page. What lies behind its end reads as zero.
 #[derive(Debug)]
 pub(crate) struct Pages<D> {
     file: D,
+    /// Bytes of a page, a power of two.
+    size: usize,
     kept: RefCell<Kept>,
 }
 
+/// Pages by their number.
 #[derive(Debug)]
 struct Kept {
-    pages: Vec<Page>,
+    pages: BTreeMap<u64, Page>,
     limit: usize,
     clock: u64,
 }
 
 #[derive(Debug)]
 struct Page {
-    number: u64,
     /// Shorter than a page only at the end of the file.
     bytes: Vec<u8>,
     used: u64,
@@ -33,7 +38,35 @@ struct Page {
 impl<D: BlockRead> Pages<D> {
     /// Keeps at most `limit` bytes, but two pages at least.
     pub(crate) fn new(file: D, limit: usize) -> Self {
-        Self { file, kept: RefCell::new(Kept { pages: Vec::new(), limit: (limit / PAGE).max(2), clock: 0 }) }
+        let kept = Kept { pages: BTreeMap::new(), limit: (limit / PAGE).max(2), clock: 0 };
+        Self { file, size: PAGE, kept: RefCell::new(kept) }
+    }
+
+    /// Reads no more at a time than a table of `table_len` bytes has: around it lies what nobody asked for.
+    pub(crate) fn fit(&mut self, table_len: u64) {
+        let size = usize::try_from(table_len).unwrap_or(PAGE).clamp(MIN_PAGE, PAGE);
+        if !size.is_power_of_two() || size >= self.size {
+            return;
+        }
+        let kept = self.kept.get_mut();
+        let parts = self.size / size;
+        let old = core::mem::take(&mut kept.pages);
+        kept.limit *= parts;
+        for (number, page) in old {
+            let parts = (number * parts as u64..).zip(page.bytes.chunks(size));
+            kept.pages.extend(parts.map(|(number, bytes)| (number, Page { bytes: bytes.to_vec(), used: page.used })));
+        }
+        self.size = size;
+    }
+
+    /// Bytes from `offset` to the end of its page.
+    pub(crate) fn rest(&self, offset: u64) -> u64 {
+        self.size as u64 - offset % self.size as u64
+    }
+
+    /// Where the pages of `len` bytes from `offset`, the start of one, begin.
+    pub(crate) fn starts(&self, offset: u64, len: u64) -> impl Iterator<Item = u64> + use<D> {
+        (offset..offset.saturating_add(len)).step_by(self.size)
     }
 
     pub(crate) fn file(&self) -> &D {
@@ -45,13 +78,13 @@ impl<D: BlockRead> Pages<D> {
         if offset >= self.file.size() {
             return Ok(look(&[]));
         }
-        let (number, skip) = (offset / PAGE as u64, (offset % PAGE as u64) as usize);
+        let (number, skip) = (self.number(offset), (offset % self.size as u64) as usize);
         let mut kept = self.kept.borrow_mut();
         let page = match kept.find(number) {
             Some(page) => page,
             None => {
                 let page = self.load(number)?;
-                kept.insert(page)?
+                kept.insert(number, page)
             }
         };
         Ok(look(page.bytes.get(skip..).unwrap_or_default()))
@@ -59,8 +92,7 @@ impl<D: BlockRead> Pages<D> {
 
     /// Whether the page of `offset` is in memory.
     pub(crate) fn holds(&self, offset: u64) -> bool {
-        let number = offset / PAGE as u64;
-        self.kept.borrow().pages.iter().any(|page| page.number == number)
+        self.kept.borrow().pages.contains_key(&self.number(offset))
     }
 
     /// Pages that may be read ahead without driving out what is in use.
@@ -73,20 +105,18 @@ impl<D: BlockRead> Pages<D> {
     /// # Errors
     /// Memory is short, or the device's error; nothing is kept then.
     pub(crate) fn read_ahead(&self, offsets: &[u64]) -> Result<()> {
-        let mut pages: Vec<Page> = Vec::new();
-        pages.try_reserve(offsets.len()).map_err(|_| Error::new(ErrorKind::OutOfMemory))?;
+        let mut pages: BTreeMap<u64, Page> = BTreeMap::new();
         for &offset in offsets.iter().filter(|&&offset| offset < self.file.size() && !self.holds(offset)) {
-            let number = offset / PAGE as u64;
-            if pages.iter().all(|page| page.number != number) {
-                pages.push(self.blank(number)?);
-            }
+            pages.insert(self.number(offset), self.blank(self.number(offset))?);
         }
-        let mut parts: Vec<ReadPart<'_>> = Vec::new();
-        parts.try_reserve(pages.len()).map_err(|_| Error::new(ErrorKind::OutOfMemory))?;
-        parts.extend(pages.iter_mut().map(|page| ReadPart { offset: page.number * PAGE as u64, buf: &mut page.bytes }));
-        self.file.read_many(&mut parts)?;
+        let parts = pages.iter_mut();
+        let parts = parts.map(|(number, page)| ReadPart { offset: number * self.size as u64, buf: &mut page.bytes });
+        self.file.read_many(&mut parts.collect::<Vec<_>>())?;
         let mut kept = self.kept.borrow_mut();
-        pages.into_iter().try_for_each(|page| kept.insert(page).map(|_| ()))
+        for (number, page) in pages {
+            kept.insert(number, page);
+        }
+        Ok(())
     }
 
     /// Fills `buf` from `offset`.
@@ -94,7 +124,7 @@ impl<D: BlockRead> Pages<D> {
         let mut at = offset;
         let mut rest = buf;
         while !rest.is_empty() {
-            let len = rest.len().min(PAGE - (at % PAGE as u64) as usize);
+            let len = rest.len().min(self.rest(at) as usize);
             let (now, later) = rest.split_at_mut(len);
             self.view(at, |bytes| {
                 let have = bytes.len().min(len);
@@ -114,42 +144,38 @@ impl<D: BlockRead> Pages<D> {
         Ok(bytes)
     }
 
+    fn number(&self, offset: u64) -> u64 {
+        offset / self.size as u64
+    }
+
     fn load(&self, number: u64) -> Result<Page> {
         let mut page = self.blank(number)?;
-        self.file.read_at(number * PAGE as u64, &mut page.bytes)?;
+        self.file.read_at(number * self.size as u64, &mut page.bytes)?;
         Ok(page)
     }
 
     /// Memory for a page that begins inside the file.
     fn blank(&self, number: u64) -> Result<Page> {
-        let len = (self.file.size() - number * PAGE as u64).min(PAGE as u64) as usize;
-        Ok(Page { number, bytes: zeroed(len)?, used: 0 })
+        let len = (self.file.size() - number * self.size as u64).min(self.size as u64) as usize;
+        Ok(Page { bytes: zeroed(len)?, used: 0 })
     }
 }
 
 impl Kept {
     fn find(&mut self, number: u64) -> Option<&Page> {
         self.clock += 1;
-        let page = self.pages.iter_mut().find(|page| page.number == number)?;
+        let page = self.pages.get_mut(&number)?;
         page.used = self.clock;
         Some(page)
     }
 
-    fn insert(&mut self, mut page: Page) -> Result<&Page> {
+    fn insert(&mut self, number: u64, mut page: Page) -> &Page {
         page.used = self.clock;
-        let oldest = self.pages.iter().enumerate().min_by_key(|(_, page)| page.used).map(|(at, _)| at);
-        let at = match oldest {
-            Some(at) if self.pages.len() >= self.limit => {
-                self.pages[at] = page;
-                at
-            }
-            _ => {
-                self.pages.try_reserve(1).map_err(|_| Error::new(ErrorKind::OutOfMemory))?;
-                self.pages.push(page);
-                self.pages.len() - 1
-            }
-        };
-        Ok(&self.pages[at])
+        if self.pages.len() >= self.limit {
+            let oldest = self.pages.iter().min_by_key(|(_, page)| page.used).map(|(number, _)| *number);
+            oldest.map(|oldest| self.pages.remove(&oldest));
+        }
+        self.pages.entry(number).or_insert(page)
     }
 }
 
@@ -225,6 +251,25 @@ mod tests {
         pages.view(last, |bytes| assert_eq!(bytes, &pages.file().disk.as_bytes()[4 * PAGE..])).unwrap();
         pages.read_ahead(&[7, PAGE as u64]).unwrap();
         assert_eq!(pages.file().reads.get(), 3);
+    }
+
+    #[test]
+    fn small_tables_make_small_pages() {
+        let mut pages = pages(PAGE + 9000, 2 * PAGE);
+        pages.view(PAGE as u64 + 5, |_| ()).unwrap();
+        pages.fit(8192);
+        assert_eq!((pages.rest(8191), pages.rest(8192), pages.room_ahead()), (1, 8192, 8));
+        let all = pages.file().disk.as_bytes().to_vec();
+        pages.view(PAGE as u64 + 8192, |bytes| assert_eq!(bytes, &all[PAGE + 8192..])).unwrap();
+        pages.view(PAGE as u64 + 8, |bytes| assert_eq!(bytes, &all[PAGE + 8..PAGE + 8192])).unwrap();
+        assert_eq!(pages.file().reads.get(), 1, "what was read is kept");
+        pages.view(8200, |bytes| assert_eq!(bytes, &all[8200..16384])).unwrap();
+        assert_eq!(pages.file().reads.get(), 2);
+        pages.fit(512);
+        assert_eq!(pages.rest(0), 4096);
+        pages.fit(1 << 20);
+        assert_eq!(pages.rest(0), 4096);
+        assert_eq!(pages.starts(4096, 8192).collect::<Vec<_>>(), [4096, 8192]);
     }
 
     #[test]
