@@ -4,7 +4,7 @@ use alloc::boxed::Box;
 use alloc::rc::Rc;
 use alloc::sync::Arc;
 
-use crate::{BlockMap, BlockRead, BlockWrite, Extent, Limits, ReadPart, Result, ZeroMode};
+use crate::{BlockMap, BlockRead, BlockWrite, Extent, Limits, ReadPart, Result, WritePart, ZeroMode};
 
 macro_rules! forward_read {
     ($($owner:ty),*) => {$(
@@ -24,6 +24,7 @@ macro_rules! forward_write {
     ($($owner:ty),*) => {$(
         impl<T: BlockWrite + ?Sized> BlockWrite for $owner {
             fn write_at(&mut self, offset: u64, buf: &[u8]) -> Result<()> { (**self).write_at(offset, buf) }
+            fn write_many(&mut self, parts: &[WritePart<'_>]) -> Result<()> { (**self).write_many(parts) }
             fn write_zeroes(&mut self, offset: u64, len: u64, mode: ZeroMode) -> Result<()> {
                 (**self).write_zeroes(offset, len, mode)
             }

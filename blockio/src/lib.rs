@@ -57,7 +57,8 @@ pub use mem::MemBlock;
 pub use overlay::Overlay;
 pub use sector_cipher::{SectorCipher, read_encrypted};
 pub use traits::{
-    BlockAlloc, BlockIo, BlockMap, BlockMapExt, BlockRead, BlockWrite, Layer, ReadPart, Reservation, ZeroMode,
+    BlockAlloc, BlockIo, BlockMap, BlockMapExt, BlockRead, BlockWrite, Layer, ReadPart, Reservation, WritePart,
+    ZeroMode,
 };
 pub use window::Window;
 pub use zero::{data_runs, is_zero};

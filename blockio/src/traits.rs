@@ -11,6 +11,15 @@ pub struct ReadPart<'a> {
     pub buf: &'a mut [u8],
 }
 
+/// One piece of a batch for [`BlockWrite::write_many`].
+#[derive(Clone, Copy, Debug)]
+pub struct WritePart<'a> {
+    /// Byte offset on the device.
+    pub offset: u64,
+    /// Written completely.
+    pub buf: &'a [u8],
+}
+
 /// Positioned reading.
 ///
 /// # Contract
@@ -63,6 +72,14 @@ pub trait BlockWrite: BlockRead {
     /// [`ErrorKind::OutOfBounds`], [`ErrorKind::ReadOnly`], [`ErrorKind::NoSpace`] or what the device reports.
     /// After an error any part of the range may be old or new.
     fn write_at(&mut self, offset: u64, buf: &[u8]) -> Result<()>;
+
+    /// Writes several pieces in any order, in one turn where the device can.
+    ///
+    /// # Errors
+    /// As [`write_at`](Self::write_at), of one piece; the others may be written or not.
+    fn write_many(&mut self, parts: &[WritePart<'_>]) -> Result<()> {
+        parts.iter().try_for_each(|part| self.write_at(part.offset, part.buf))
+    }
 
     /// Makes the range read as zero. It must lie inside the device, even on one that grows.
     ///

@@ -11,8 +11,8 @@
 use alloc::vec::Vec;
 
 use instar_blockio::{
-    BlockMap, BlockRead, BlockWrite, Error, ErrorKind, Extent, ExtentKind, FileId, Limits, ReadPart, Result, ZeroMode,
-    check_range,
+    BlockMap, BlockRead, BlockWrite, Error, ErrorKind, Extent, ExtentKind, FileId, Limits, ReadPart, Result, WritePart,
+    ZeroMode, check_range,
 };
 use instar_guest_protocol::boot::DeviceFlags;
 use instar_guest_protocol::message::{Call, OpenAnswer, OpenFile};
@@ -206,6 +206,13 @@ impl<P: Platform> BlockRead for File<P> {
 impl<P: Platform> BlockWrite for File<P> {
     fn write_at(&mut self, offset: u64, buf: &[u8]) -> Result<()> {
         self.submit_one(Io::Write { file: self.id, offset, buf })
+    }
+
+    fn write_many(&mut self, parts: &[WritePart<'_>]) -> Result<()> {
+        let mut batch = Vec::new();
+        batch.try_reserve_exact(parts.len()).map_err(|_| Error::new(ErrorKind::OutOfMemory))?;
+        batch.extend(parts.iter().map(|part| Io::Write { file: self.id, offset: part.offset, buf: part.buf }));
+        self.platform.submit(&mut batch).map_err(|(_, error)| error)
     }
 
     fn write_zeroes(&mut self, offset: u64, len: u64, mode: ZeroMode) -> Result<()> {

@@ -7,7 +7,7 @@ use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 use core::ops::Range;
 
-use instar_blockio::{BlockWrite, Error, ErrorKind, Result};
+use instar_blockio::{BlockWrite, Error, ErrorKind, Result, WritePart};
 
 use crate::store::{Store, zeroed};
 
@@ -105,25 +105,31 @@ impl TableCache {
         self.tables.remove(&at);
     }
 
-    /// Writes what changed, in the order of the file, neighbours together.
+    /// Writes what changed, in one turn, neighbours together.
     pub(crate) fn write_dirty<D: BlockWrite>(&mut self, store: &mut Store<D>) -> Result<()> {
-        let mut run: Vec<u8> = Vec::new();
-        let mut run_at = 0;
-        for (&at, table) in &mut self.tables {
+        let out_of_memory = |_| Error::new(ErrorKind::OutOfMemory);
+        let mut runs: Vec<(u64, Vec<u8>)> = Vec::new();
+        for (&at, table) in &self.tables {
             let Some(sectors) = table.sectors() else { continue };
             let start = at + sectors.start as u64;
-            if !run.is_empty() && (start != run_at + run.len() as u64 || run.len() >= MAX_WRITE) {
-                store.write(run_at, &run)?;
-                run.clear();
+            let joins = runs.last().is_some_and(|(at, run)| start == at + run.len() as u64 && run.len() < MAX_WRITE);
+            if !joins {
+                runs.try_reserve(1).map_err(out_of_memory)?;
+                runs.push((start, Vec::new()));
             }
-            if run.is_empty() {
-                run_at = start;
+            if let Some((_, run)) = runs.last_mut() {
+                run.try_reserve(sectors.len()).map_err(out_of_memory)?;
+                run.extend_from_slice(&table.bytes[sectors]);
             }
-            run.try_reserve(sectors.len()).map_err(|_| Error::new(ErrorKind::OutOfMemory))?;
-            run.extend_from_slice(&table.bytes[sectors]);
-            table.dirty = None;
         }
-        if run.is_empty() { Ok(()) } else { store.write(run_at, &run) }
+        let mut parts = Vec::new();
+        parts.try_reserve_exact(runs.len()).map_err(out_of_memory)?;
+        parts.extend(runs.iter().map(|(offset, run)| WritePart { offset: *offset, buf: run }));
+        if !parts.is_empty() {
+            store.write_many(&parts)?;
+        }
+        self.tables.values_mut().for_each(|table| table.dirty = None);
+        Ok(())
     }
 
     /// Drops the half of the tables that was not used for the longest time. Changed ones stay.

@@ -2,7 +2,7 @@
 
 use alloc::vec::Vec;
 
-use instar_blockio::{BlockWrite, Error, ErrorKind, FileId, Result};
+use instar_blockio::{BlockWrite, Error, ErrorKind, FileId, Result, WritePart};
 
 /// A file below the image: the image file itself or its external data file.
 ///
@@ -61,6 +61,15 @@ impl<D: BlockWrite> Store<D> {
         }
         self.file.write_at(offset, bytes)?;
         self.extend(offset.saturating_add(bytes.len() as u64));
+        Ok(())
+    }
+
+    /// Writes several pieces, in any order.
+    pub(crate) fn write_many(&mut self, parts: &[WritePart<'_>]) -> Result<()> {
+        self.file.write_many(parts)?;
+        for part in parts {
+            self.extend(part.offset.saturating_add(part.buf.len() as u64));
+        }
         Ok(())
     }
 

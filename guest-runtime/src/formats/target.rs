@@ -2,7 +2,7 @@
 
 use alloc::vec::Vec;
 
-use instar_blockio::{BlockRead, BlockWrite, FileId, Limits, ReadPart, Result as BlockResult, ZeroMode};
+use instar_blockio::{BlockRead, BlockWrite, FileId, Limits, ReadPart, Result as BlockResult, WritePart, ZeroMode};
 use instar_guest_protocol::boot::DeviceFlags;
 use instar_guest_protocol::message::{Cause, Failure, FileRole, Format, OpenFile, Step};
 
@@ -92,6 +92,10 @@ impl<P: Platform> BlockRead for TargetDisk<P> {
 impl<P: Platform> BlockWrite for TargetDisk<P> {
     fn write_at(&mut self, offset: u64, buf: &[u8]) -> BlockResult<()> {
         self.file.write_at(offset, buf)
+    }
+
+    fn write_many(&mut self, parts: &[WritePart<'_>]) -> BlockResult<()> {
+        self.file.write_many(parts)
     }
 
     fn write_zeroes(&mut self, offset: u64, len: u64, mode: ZeroMode) -> BlockResult<()> {

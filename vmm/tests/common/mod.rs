@@ -278,6 +278,11 @@ impl Requests {
         self
     }
 
+    /// Gives the requests to a guest of other code, which has to announce them by itself.
+    pub fn onto(self, guest: Guest) -> Guest {
+        Guest { code: guest.code, data: self.guest.data }
+    }
+
     /// The guest: sets up the queue, kicks once, sends the statuses and then `show` as messages.
     pub fn guest(self, show: &[(u64, u64)]) -> Guest {
         let count = self.heads.len() as u64;
