@@ -19,17 +19,28 @@ fn created() -> MutexGuard<'static, Vec<Created>> {
     CREATED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Removes the files noted by [`note`](Self::note) when it is dropped, unless [`keep`](Self::keep) comes first.
+/// Removes the files made by [`create`](Self::create) when it is dropped, unless [`keep`](Self::keep) comes first.
 #[derive(Debug, Default)]
 pub struct Leftovers(());
 
 impl Leftovers {
-    /// Notes a file that has just been created.
-    pub fn note(&mut self, path: &Path, identity: (u64, u64)) {
+    /// Lets `make` open the file at `path`, and notes its identity if `make` has created it. A signal meanwhile waits until it is known
+    /// whether there is something to be removed.
+    ///
+    /// # Errors
+    /// Those of `make`.
+    pub fn create<T, E>(
+        &mut self,
+        path: &Path,
+        make: impl FnOnce() -> Result<(T, Option<(u64, u64)>), E>,
+    ) -> Result<T, E> {
+        WATCH.call_once(watch_signals);
         // An absolute path: it must lead to the file whatever happens.
         let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        created().push(Created { path, identity });
-        WATCH.call_once(watch_signals);
+        let mut created = created();
+        let (made, identity) = make()?;
+        created.extend(identity.map(|identity| Created { path, identity }));
+        Ok(made)
     }
 
     /// The run succeeded.
@@ -40,13 +51,13 @@ impl Leftovers {
 
 impl Drop for Leftovers {
     fn drop(&mut self) {
-        remove_all();
+        remove_all(&mut created());
     }
 }
 
 /// Removes what is still the file that was created, and not one that took its name since.
-fn remove_all() {
-    for file in created().drain(..) {
+fn remove_all(created: &mut Vec<Created>) {
+    for file in created.drain(..) {
         let same = std::fs::symlink_metadata(&file.path).is_ok_and(|found| (found.dev(), found.ino()) == file.identity);
         if same {
             // It stays if the directory does not let it go; the error that ends the run is the one to tell.
@@ -60,7 +71,9 @@ fn watch_signals() {
     let Ok(mut signals) = Signals::new([SIGHUP, SIGINT, SIGTERM]) else { return };
     let watcher = move || {
         if let Some(signal) = signals.forever().next() {
-            remove_all();
+            // Nothing more is created until the program is gone.
+            let mut created = created();
+            remove_all(&mut created);
             let _ = signal_hook::low_level::emulate_default_handler(signal);
         }
     };
@@ -83,12 +96,15 @@ mod tests {
             let stat = std::fs::metadata(path).unwrap();
             (stat.dev(), stat.ino())
         };
+        let note = |leftovers: &mut Leftovers, path: &Path| {
+            leftovers.create(path, || Ok::<_, ()>(((), Some(create(path))))).unwrap();
+        };
         let mut leftovers = Leftovers::default();
-        leftovers.note(&kept, create(&kept));
+        note(&mut leftovers, &kept);
         leftovers.keep();
         let mut leftovers = Leftovers::default();
-        leftovers.note(&dropped, create(&dropped));
-        leftovers.note(&swapped, create(&swapped));
+        note(&mut leftovers, &dropped);
+        note(&mut leftovers, &swapped);
         std::fs::rename(&swapped, tmp.path().join("moved")).unwrap();
         std::fs::write(&swapped, b"someone else's").unwrap();
         drop(leftovers);

@@ -238,16 +238,17 @@ pub fn create(
     let failed = |errno| Problem::file("create", &path.display().to_string(), errno);
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
     let mode = Mode::from_raw_mode(0o644);
-    let (fd, new) = match openat(CWD, path, flags | OFlags::EXCL, mode) {
-        Ok(fd) => (fd, true),
-        // Without EXCL a dangling link is created through, as qemu-img does; it counts as there before.
-        Err(Errno::EXIST) => (openat(CWD, path, flags, mode).map_err(failed)?, false),
-        Err(errno) => return Err(failed(errno)),
+    let open = || {
+        let (fd, new) = match openat(CWD, path, flags | OFlags::EXCL, mode) {
+            Ok(fd) => (fd, true),
+            // Without EXCL a dangling link is created through, as qemu-img does; it counts as there before.
+            Err(Errno::EXIST) => (openat(CWD, path, flags, mode)?, false),
+            Err(errno) => return Err(errno),
+        };
+        let stat = Stat::of(fd.as_fd())?;
+        Ok(((fd, stat), new.then_some(stat.identity)))
     };
-    let stat = Stat::of(fd.as_fd()).map_err(failed)?;
-    if new {
-        leftovers.note(path, stat.identity);
-    }
+    let (fd, stat) = leftovers.create(path, open).map_err(failed)?;
     let mut file = Opened::new(fd, stat);
     match stat.kind {
         FileKind::Regular | FileKind::Block => {}

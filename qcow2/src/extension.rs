@@ -108,7 +108,7 @@ impl Extensions {
                 }
                 self.backing_format = Some(c_string(data).to_vec());
             }
-            EXT_DATA_FILE => self.data_file = Some(c_string(data).to_vec()),
+            EXT_DATA_FILE => self.data_file = Some(file_name(data).to_vec()),
             EXT_CRYPTO => self.crypto = Some(CryptoHeader::parse(header, data)?),
             EXT_BITMAPS => match BitmapDirectory::parse(header, data)? {
                 Some(bitmaps) => self.bitmaps = Some(bitmaps),
@@ -169,6 +169,13 @@ fn len32(data: &[u8]) -> u32 {
 /// The bytes before the first zero: QEMU takes names as C strings.
 pub(crate) fn c_string(bytes: &[u8]) -> &[u8] {
     bytes.split(|&b| b == 0).next().unwrap_or_default()
+}
+
+/// The name of a file, without the zeroes behind it. To QEMU it, too, is a C string; one that goes on behind a zero is kept whole, so
+/// that nobody follows a part of what others see.
+pub(crate) fn file_name(bytes: &[u8]) -> &[u8] {
+    let end = bytes.iter().rposition(|&b| b != 0).map_or(0, |last| last + 1);
+    &bytes[..end]
 }
 
 /// Steps through an extension area, up to its end mark.

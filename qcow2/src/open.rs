@@ -9,7 +9,7 @@ use instar_blockio::{BlockRead, FileId, SectorCipher};
 
 use crate::addr::HostOffset;
 use crate::error::{Error, Result};
-use crate::extension::{self, Extensions, FeatureNames, c_string};
+use crate::extension::{self, Extensions, FeatureNames, file_name};
 use crate::format::HEADER_LEN;
 use crate::header::{Autoclear, CompressionType, EncryptionMethod, Header, Incompatible};
 use crate::l2::L2Format;
@@ -92,7 +92,7 @@ impl<D: BlockRead> Image<D> {
         let header = Header::parse(&read_array::<_, HEADER_LEN>(&pages)?)?;
         let extensions = Extensions::parse(&header, &read_area(&pages, header.extension_area())?)?;
         let backing_file = match header.backing_name()? {
-            Some(place) => c_string(&pages.read_vec(place.start as u64, place.len())?).to_vec(),
+            Some(place) => file_name(&pages.read_vec(place.start as u64, place.len())?).to_vec(),
             None => Vec::new(),
         };
         snapshot::check(&pages, &header)?;

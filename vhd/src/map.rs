@@ -74,8 +74,12 @@ impl<D: BlockRead> BlockMap for Image<D> {
         match &self.header {
             Some(header) => Ok(self.locate(header, offset, limit)?),
             None => {
-                let kind = ExtentKind::Data { file: self.id, host: offset };
-                Ok(Extent { offset, len: limit, depth: 0, kind })
+                // A disk may be longer than its file: there is nothing to be looked for behind the end.
+                let (len, kind) = match self.pages.file().size().checked_sub(offset) {
+                    None | Some(0) => (limit, ExtentKind::Zero { host: Some((self.id, offset)) }),
+                    Some(left) => (limit.min(left), ExtentKind::Data { file: self.id, host: offset }),
+                };
+                Ok(Extent { offset, len, depth: 0, kind })
             }
         }
     }

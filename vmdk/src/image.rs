@@ -154,6 +154,9 @@ impl<D: BlockRead> Image<D> {
         if !TYPES.contains(&descriptor.create_type.as_slice()) {
             return Err(Error::UnsupportedType(descriptor.create_type));
         }
+        if descriptor.extents.is_empty() {
+            return Err(Error::InvalidDescriptor);
+        }
         let mut size = 0u64;
         let mut parts = Vec::new();
         for line in &descriptor.extents {
@@ -268,7 +271,12 @@ impl<D: BlockRead> Image<D> {
                 if self.strict && base.saturating_add(part.len) > file.size() {
                     return Err(BlockError::new(ErrorKind::Corrupt).at(offset));
                 }
-                (left, ExtentKind::Data { file: *id, host: base + skip })
+                // An extent may be longer than its file: there is nothing to be looked for behind the end.
+                let host = base.checked_add(skip).ok_or(BlockError::new(ErrorKind::Corrupt).at(offset))?;
+                match file.size().checked_sub(host) {
+                    None | Some(0) => (left, ExtentKind::Zero { host: None }),
+                    Some(there) => (left.min(there), ExtentKind::Data { file: *id, host }),
+                }
             }
             Medium::Sparse { geometry, .. } if skip >= geometry.capacity => {
                 return Err(BlockError::new(ErrorKind::Corrupt).at(offset));

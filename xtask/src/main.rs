@@ -6,6 +6,7 @@
 mod bench;
 mod differential;
 mod run;
+mod security;
 mod test;
 
 use std::env;
@@ -30,6 +31,11 @@ const TASKS: &[Task] = &[
         name: "differential",
         what: "random sequences against qemu-img: [--minutes N] [--seed S] [--steps N] [--once]",
         run: differential::differential,
+    },
+    Task {
+        name: "security",
+        what: "hostile images, kills, failing systems: [--binary P] [--only WORD] [--kills N] [images|kills|faults]",
+        run: security::security,
     },
     Task {
         name: "bench-vs-qemu",

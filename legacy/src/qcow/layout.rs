@@ -120,6 +120,10 @@ impl Map for Layout {
             let packed = self.packed(first, offset - skip);
             return Ok((run_len(1, unit, skip, max_len), Run::Packed(packed)));
         }
+        // As in QEMU, which also finds entries out of the range of file offsets this way: no file has such a place.
+        if !first.is_multiple_of(SECTOR) {
+            return Err(Error::new(ErrorKind::Corrupt).at(table));
+        }
         let step = if first == 0 { 0 } else { unit };
         let units = consecutive(first, step, count, |next| entry(index + next).map(Some))?;
         let kind = match first {

@@ -91,8 +91,8 @@ impl<D: BlockWrite> Writer<D> {
 fn read_name<D: BlockRead>(file: &D, offset: u64, len: u32) -> Result<Vec<u8>, Error> {
     let mut name = crate::store::zeroed(len as usize)?;
     crate::store::read_padded(file, offset, &mut name)?;
-    // To QEMU it is a C string.
-    let end = name.iter().position(|&byte| byte == 0).unwrap_or(name.len());
+    // To QEMU it is a C string; one that goes on behind a zero is kept whole, so that nobody follows a part of what others see.
+    let end = name.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
     name.truncate(end);
     Ok(name)
 }

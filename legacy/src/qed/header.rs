@@ -95,7 +95,8 @@ impl Header {
         if header.features.contains(Features::BACKING) {
             let mut name = zeroed(header.backing_len as usize)?;
             read_padded(file, header.backing_offset.into(), &mut name)?;
-            let end = name.iter().position(|&byte| byte == 0).unwrap_or(name.len());
+            // A name that goes on behind a zero is kept whole, so that nobody follows a part of what others see.
+            let end = name.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
             name.truncate(end);
             header.backing_file = Some(name).filter(|name| !name.is_empty());
         }

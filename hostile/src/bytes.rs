@@ -1,0 +1,133 @@
+//! Bytes of an image under construction.
+
+/// A file's contents: the bytes at its start, and holes up to its length.
+#[derive(Clone, Debug, Default)]
+pub struct Image {
+    data: Vec<u8>,
+    len: u64,
+}
+
+/// Byte order of a field.
+#[derive(Clone, Copy, Debug)]
+pub enum Order {
+    /// Most significant byte first.
+    Big,
+    /// Least significant byte first.
+    Little,
+}
+
+impl Image {
+    /// An empty file.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// With `bytes` at `at`; grows as needed.
+    pub fn put(mut self, at: usize, bytes: &[u8]) -> Self {
+        let end = at + bytes.len();
+        if self.data.len() < end {
+            self.data.resize(end, 0);
+        }
+        self.data[at..end].copy_from_slice(bytes);
+        self.len = self.len.max(end as u64);
+        self
+    }
+
+    /// A field of `width` bytes.
+    pub fn int(self, order: Order, at: usize, width: usize, value: u64) -> Self {
+        match order {
+            Order::Big => self.put(at, &value.to_be_bytes()[8 - width..]),
+            Order::Little => self.put(at, &value.to_le_bytes()[..width]),
+        }
+    }
+
+    /// A big-endian field of 4 bytes.
+    pub fn be32(self, at: usize, value: u32) -> Self {
+        self.put(at, &value.to_be_bytes())
+    }
+
+    /// A big-endian field of 8 bytes.
+    pub fn be64(self, at: usize, value: u64) -> Self {
+        self.put(at, &value.to_be_bytes())
+    }
+
+    /// A little-endian field of 4 bytes.
+    pub fn le32(self, at: usize, value: u32) -> Self {
+        self.put(at, &value.to_le_bytes())
+    }
+
+    /// A little-endian field of 8 bytes.
+    pub fn le64(self, at: usize, value: u64) -> Self {
+        self.put(at, &value.to_le_bytes())
+    }
+
+    /// Cut off, or with a hole at the end.
+    pub fn with_len(mut self, len: u64) -> Self {
+        self.data.truncate(usize::try_from(len).unwrap_or(usize::MAX));
+        self.len = len;
+        self
+    }
+
+    /// A part of it, holes included.
+    pub fn part(&self, at: usize, len: usize) -> Vec<u8> {
+        let mut part = vec![0; len];
+        let there = self.data.get(at..).unwrap_or_default();
+        let there = &there[..there.len().min(len)];
+        part[..there.len()].copy_from_slice(there);
+        part
+    }
+
+    /// The bytes before the hole at the end.
+    pub fn data(&self) -> &[u8] {
+        &self.data
+    }
+
+    /// Length of the file, bytes.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+}
+
+/// CRC-32C, bit by bit: some kilobytes are all it is for.
+pub fn crc32c(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(u32::MAX, |crc, &byte| {
+        (0..8).fold(crc ^ u32::from(byte), |crc, _| if crc & 1 == 1 { crc >> 1 ^ 0x82f6_3b78 } else { crc >> 1 })
+    })
+}
+
+/// RFC 4648.
+pub fn base64(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut out = String::new();
+    for part in bytes.chunks(3) {
+        let word = part.iter().fold(0u32, |word, &byte| word << 8 | u32::from(byte)) << (8 * (3 - part.len()));
+        for digit in 0..4 {
+            let index = (word >> (18 - 6 * digit) & 63) as usize;
+            out.push(if digit > part.len() { '=' } else { char::from(DIGITS[index]) });
+        }
+    }
+    out
+}
+
+/// UTF-16, big-endian as VHD has it or little-endian as VHDX.
+pub fn utf16(text: &str, order: Order) -> Vec<u8> {
+    let bytes = |unit: u16| match order {
+        Order::Big => unit.to_be_bytes(),
+        Order::Little => unit.to_le_bytes(),
+    };
+    text.encode_utf16().flat_map(bytes).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn known_answers() {
+        assert_eq!(crc32c(b"123456789"), 0xe306_9283);
+        assert_eq!([base64(b"f"), base64(b"fo"), base64(b"foobar")], ["Zg==", "Zm8=", "Zm9vYmFy"]);
+        assert_eq!(utf16("aé", Order::Big), [0, 0x61, 0, 0xe9]);
+        let image = Image::new().int(Order::Big, 2, 2, 0x0102).le32(8, 1).with_len(10);
+        assert_eq!((image.data(), image.len()), (&[0, 0, 1, 2, 0, 0, 0, 0, 1, 0][..], 10));
+    }
+}
