@@ -11,7 +11,7 @@ use instar_guest_protocol::message::{
 use instar_raw as raw;
 
 use super::target::{TargetFile, granted_target_file, open_target_file};
-use super::{FlatImage, OpenImage, TargetImage};
+use super::{Completion, FlatImage, OpenImage, TargetImage};
 use crate::ops::failure::{about, block, failure};
 use crate::platform::{File, Io, Platform};
 
@@ -49,32 +49,50 @@ impl<P: Platform> OpenImage<P> for Raw<P> {
 }
 
 /// Makes a file of the size of the disk.
+///
+/// There is no header that could be written last. So a new disk is a sector too long until it is complete: what an interrupted run
+/// leaves has not the size of the disk.
 pub(super) fn create<P: Platform>(platform: &P, target: &Target, size: u64) -> Result<TargetImage<P>, Failure> {
     let opened = open_target_file(platform, FileRole::Target, size)?;
-    give_size(platform, &opened, size, target.preallocation())?;
-    Ok(flat(&opened, size))
+    let preallocation = target.preallocation();
+    let completion = mark_unfinished(platform, &opened, size);
+    if completion.is_none() || preallocation != Preallocation::Off {
+        give_size(platform, &opened, size, preallocation)?;
+    }
+    Ok(flat(&opened, size, completion))
+}
+
+/// Makes the file too long; gives what sets its right length. `None`: it is empty, a device, or as long as a file can be.
+fn mark_unfinished<P: Platform>(platform: &P, opened: &TargetFile<P>, size: u64) -> Option<Completion<P>> {
+    let size = size.checked_next_multiple_of(SECTOR).filter(|&size| size != 0 && !opened.block_device)?;
+    let (file, len) = (opened.id, size.checked_add(SECTOR)?);
+    platform.submit(&mut [Io::SetLen { file, len }]).ok()?;
+    Some(Box::new(move |platform: &P| {
+        let failed = |(_, error): (usize, _)| block(Step::Write, Some(file), size, error);
+        platform.submit(&mut [Io::SetLen { file, len: size }]).map_err(failed)
+    }))
 }
 
 /// Opens an existing file.
 pub(super) fn open_target<P: Platform>(platform: &P, size: u64) -> Result<TargetImage<P>, Failure> {
     let opened = open_target_file(platform, FileRole::Target, size)?;
-    Ok(flat(&opened, opened.file.size()))
+    Ok(flat(&opened, opened.file.size(), None))
 }
 
 /// Opens a granted file.
 pub(super) fn open_in_place<P: Platform>(platform: &P, device: u32) -> Result<TargetImage<P>, Failure> {
     let granted = granted_target_file(platform, device)?;
-    Ok(flat(&granted, granted.file.size()))
+    Ok(flat(&granted, granted.file.size(), None))
 }
 
-fn flat<P: Platform>(opened: &TargetFile<P>, size: u64) -> TargetImage<P> {
+fn flat<P: Platform>(opened: &TargetFile<P>, size: u64, completion: Option<Completion<P>>) -> TargetImage<P> {
     TargetImage::Flat(FlatImage {
         file: opened.id,
         base: 0,
         size,
         cipher: None,
         block_device: opened.block_device,
-        completion: None,
+        completion,
     })
 }
 

@@ -66,7 +66,7 @@ pub fn add(cases: &mut Vec<Case>, around: &Surroundings) {
                     (L1 as u64 + 8, Refusal),
                     (1 << 40, Anything),
                     (1 << 63, Refusal),
-                    (MAX64 & !4095, Anything),
+                    (!4095, Anything),
                     (MAX64, Refusal),
                 ],
             ),

@@ -208,7 +208,7 @@ fn fields(group: &mut Group<'_>) {
                     (METADATA as u64, Refusal),
                     (1 << 62, Anything),
                     (MAX64, Refusal),
-                    (MAX64 & !0xf_ffff, Refusal),
+                    (!0xf_ffff, Refusal),
                 ],
             ),
             field(
@@ -221,7 +221,7 @@ fn fields(group: &mut Group<'_>) {
                 "metadata_offset",
                 REGIONS + 64,
                 8,
-                &[(0, Refusal), (BAT as u64, Refusal), (1 << 62, Refusal), (MAX64 & !0xf_ffff, Refusal)],
+                &[(0, Refusal), (BAT as u64, Refusal), (1 << 62, Refusal), (!0xf_ffff, Refusal)],
             ),
             field("metadata_length", REGIONS + 72, 4, &[(0, Refusal), (MAX32, Refusal)]),
             field("bat_guid", REGIONS + 16, 8, &[(0, Refusal)]),

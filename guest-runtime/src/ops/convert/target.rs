@@ -18,8 +18,6 @@ use crate::platform::{Io, Platform};
 
 /// Bytes of a chunk that is read into guest memory: the size of qemu-img's requests, so that the same data gives the same image.
 const CHUNK: u64 = 2 << 20;
-/// Raw disks are whole sectors.
-const SECTOR: u64 = 512;
 /// Bytes of a chunk that goes to a flat file, mostly by copy requests.
 const RAW_CHUNK: u64 = 4 << 20;
 
@@ -47,7 +45,7 @@ impl<P: Platform> Target<P> {
             TargetImage::Flat(image) if existing && image.size < size => {
                 Err(about(Step::OpenTarget, image.file, Cause::TargetTooSmall))
             }
-            TargetImage::Flat(image) => Ok(Self::flat(request, unfinished(platform, image, existing))),
+            TargetImage::Flat(image) => Ok(Self::flat(request, image)),
             TargetImage::Mapped(image) if image.disk().size() < size => {
                 Err(failure(Step::OpenTarget, Cause::TargetTooSmall))
             }
@@ -171,25 +169,6 @@ impl<P: Platform> Target<P> {
             }
         }
     }
-}
-
-/// A raw disk has no header that could be written last. So a new one is a sector too long until it is complete: what an interrupted
-/// run leaves has not the size of the disk.
-fn unfinished<P: Platform>(platform: &P, mut image: FlatImage<P>, existing: bool) -> FlatImage<P> {
-    let plain = image.base == 0 && image.cipher.is_none() && image.completion.is_none();
-    if existing || image.block_device || !plain || image.size == 0 {
-        return image;
-    }
-    let Some(size) = image.size.checked_next_multiple_of(SECTOR) else { return image };
-    let file = image.file;
-    // A file as large as the file system allows can't be marked so.
-    if size.checked_add(SECTOR).is_some_and(|len| platform.submit(&mut [Io::SetLen { file, len }]).is_ok()) {
-        image.completion = Some(Box::new(move |platform: &P| {
-            let failed = |(_, error): (usize, Error)| block(Step::Write, Some(file), size, error);
-            platform.submit(&mut [Io::SetLen { file, len: size }]).map_err(failed)
-        }));
-    }
-    image
 }
 
 fn flush_file<P: Platform>(platform: &P, file: FileId) -> Result<(), Failure> {
