@@ -260,10 +260,26 @@ pub fn create(
     file.lock(Purpose::Write, shown)?;
     check(&stat)?;
     if stat.kind == FileKind::Regular {
-        rustix::fs::ftruncate(file.fd.as_fd(), 0)
+        empty(file.fd.as_fd())
             .map_err(|errno| Problem::new(format!("Could not resize file: {}", os_text(errno.raw_os_error()))))?;
     }
     Ok(file)
+}
+
+/// Empties a file.
+///
+/// File systems (ext4, XFS) write a file out when it is closed for the first time after it was cut off, so that programs that replace a file
+/// without care lose nothing. A descriptor of its own takes that upon itself while there is nothing to be written.
+fn empty(file: BorrowedFd<'_>) -> Result<(), Errno> {
+    let stat = fstat(file)?;
+    if stat.st_size == 0 && stat.st_blocks == 0 {
+        return Ok(());
+    }
+    let same = format!("/proc/self/fd/{}", file.as_raw_fd());
+    match openat(CWD, same, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty()) {
+        Ok(own) => rustix::fs::ftruncate(own, 0),
+        Err(_) => rustix::fs::ftruncate(file, 0),
+    }
 }
 
 /// The name of `name` as seen from where the image `from` is named: QEMU's way of joining, which is by text.

@@ -448,7 +448,7 @@ pub struct CheckFinding {
     pub third: u64,
 }
 
-/// Kinds of faults; those with a number of clusters or a table are of qcow2.
+/// Kinds of faults; 1 to 18 are of qcow2, the others of VHD.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
 #[repr(i32)]
 pub enum FindingKind {
@@ -490,6 +490,18 @@ pub enum FindingKind {
     Rebuilding = 17,
     /// They would have to be.
     RebuildNeeded = 18,
+    /// One of two copies of the metadata is damaged or missing: `first` = 0 at the beginning of the file, 1 at its end.
+    CopyDamaged = 19,
+    /// Both copies are good and differ.
+    CopiesDiffer = 20,
+    /// A header has a wrong checksum.
+    HeaderChecksum = 21,
+    /// `first` = block, `second` = its place, which reaches behind the end of the file.
+    DataOutside = 22,
+    /// `first` = block, `second` = its place, which the image's tables take.
+    DataOverTables = 23,
+    /// `first` and `second` = two blocks that overlap, `third` = the place of the second.
+    DataShared = 24,
 }
 
 /// What a check came to.

@@ -120,6 +120,9 @@ bitflags::bitflags! {
         /// [`Copy`](RequestKind::Copy): leave out blocks of the source that are all zero (the target is known to read as zero
         /// there), judged in blocks of `granularity` bytes counted from `offset`.
         const SKIP_ZERO = 1 << 1;
+        /// [`Copy`](RequestKind::Copy): let the files share the blocks of the whole range (reflink) or fail, with `EOPNOTSUPP` where the file
+        /// system or the places don't allow it.
+        const ONLY_SHARE = 1 << 2;
     }
 }
 

@@ -55,7 +55,7 @@ impl FileTable {
                 in_address_space(offset, buf.len() as u64)
             }
             Io::Write { file, offset, buf } => self.known(file, offset)?.writable_range(offset, buf.len() as u64, true),
-            Io::Copy { from, offset, to, to_offset, len, .. } => {
+            Io::Copy { from, offset, to, to_offset, len, .. } | Io::Share { from, offset, to, to_offset, len } => {
                 self.known(from, offset)?;
                 in_address_space(offset, len)?;
                 self.known(to, to_offset)?.writable_range(to_offset, len, true)
@@ -74,7 +74,9 @@ impl FileTable {
         match *io {
             Io::Read { .. } | Io::Flush { .. } => {}
             Io::Write { file, offset, buf } => self.changed(file, offset.saturating_add(buf.len() as u64)),
-            Io::Copy { to, to_offset, len, skip_zero: None, .. } => self.changed(to, to_offset.saturating_add(len)),
+            Io::Copy { to, to_offset, len, skip_zero: None, .. } | Io::Share { to, to_offset, len, .. } => {
+                self.changed(to, to_offset.saturating_add(len));
+            }
             Io::Copy { to, .. } => self.changed(to, 0),
             Io::WriteZeroes { file, .. } | Io::Discard { file, .. } => self.changed(file, 0),
             Io::Allocate { file, offset, len } => self.changed(file, offset.saturating_add(len)),

@@ -118,6 +118,7 @@ impl Host {
             Io::Copy { from, offset, to, to_offset, len, skip_zero } => {
                 self.copy(*from, *offset, *to, *to_offset, *len, *skip_zero)
             }
+            Io::Share { .. } => Err(ErrorKind::Unsupported.into()),
             Io::WriteZeroes { len: 0, .. } | Io::Discard { len: 0, .. } | Io::Allocate { len: 0, .. } => Ok(()),
             Io::WriteZeroes { file, offset, len, mode: ZeroMode::Unmap } | Io::Discard { file, offset, len } => {
                 self.allocate(*file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, *offset, *len)

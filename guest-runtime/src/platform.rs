@@ -57,6 +57,19 @@ pub enum Io<'a> {
         /// target is known to read as zero there.
         skip_zero: Option<u32>,
     },
+    /// Lets two files share the space of a range (reflink), or fails: with [`ErrorKind::Unsupported`] where they can't.
+    Share {
+        /// Source; all of the range lies inside.
+        from: FileId,
+        /// Where in it.
+        offset: u64,
+        /// Target; grows as for [`Write`](Self::Write).
+        to: FileId,
+        /// Where in it.
+        to_offset: u64,
+        /// How much.
+        len: u64,
+    },
     /// Makes a range inside the file read as zero.
     WriteZeroes {
         /// In which file.

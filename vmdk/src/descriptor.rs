@@ -28,6 +28,8 @@ pub struct Descriptor {
     pub parent_name: Option<Vec<u8>>,
     /// The parts of the disk, in order.
     pub extents: Vec<ExtentLine>,
+    /// `ddb.geometry.cylinders`, 0 only for small disks.
+    pub cylinders: Option<u64>,
 }
 
 /// A part of the disk.
@@ -86,8 +88,14 @@ impl Descriptor {
     /// No type of image, or a line that should tell of an extent and does not.
     pub fn parse(bytes: &[u8]) -> Result<Self> {
         let end = bytes.iter().position(|&byte| byte == 0).unwrap_or(bytes.len());
-        let mut found =
-            Self { cid: 0, parent_cid: NO_PARENT, create_type: Vec::new(), parent_name: None, extents: Vec::new() };
+        let mut found = Self {
+            cid: 0,
+            parent_cid: NO_PARENT,
+            create_type: Vec::new(),
+            parent_name: None,
+            extents: Vec::new(),
+            cylinders: None,
+        };
         let mut total = 0u64;
         for line in bytes[..end].split(|&byte| byte == b'\n' || byte == b'\r') {
             let line = line.trim_ascii();
@@ -122,6 +130,8 @@ impl Descriptor {
         } else if key.eq_ignore_ascii_case(b"createType") {
             unquoted(value)[..].clone_into(&mut self.create_type);
             self.create_type.truncate(Error::MAX_TEXT);
+        } else if key == b"ddb.geometry.cylinders" {
+            self.cylinders = number(unquoted(value));
         } else if key.eq_ignore_ascii_case(b"parentFileNameHint") {
             let name = unquoted(value);
             self.parent_name = Some(name).filter(|name| !name.is_empty() && name.len() <= MAX_NAME).map(<[u8]>::to_vec);

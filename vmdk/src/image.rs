@@ -154,7 +154,8 @@ impl<D: BlockRead> Image<D> {
         if !TYPES.contains(&descriptor.create_type.as_slice()) {
             return Err(Error::UnsupportedType(descriptor.create_type));
         }
-        if descriptor.extents.is_empty() {
+        // A disk of no bytes has none.
+        if descriptor.extents.is_empty() && descriptor.cylinders != Some(0) {
             return Err(Error::InvalidDescriptor);
         }
         let mut size = 0u64;
@@ -340,6 +341,7 @@ fn unknown() -> Descriptor {
         create_type: b"monolithicSparse".to_vec(),
         parent_name: None,
         extents: Vec::new(),
+        cylinders: None,
     }
 }
 

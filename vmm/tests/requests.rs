@@ -97,7 +97,7 @@ fn bounds_rights_and_kinds_are_checked() {
         (header(RequestKind::Write, 1, i64::MAX as u64 - 15, 16), &data),
         (header(RequestKind::Write, 1, u64::MAX, 16), &data),
         (header(RequestKind::Write, 1, 0, 4), &data),
-        (flagged(4, header(RequestKind::Write, 1, 0, 16)), &data),
+        (flagged(1 << 3, header(RequestKind::Write, 1, 0, 16)), &data),
         (header(RequestKind::Discard, 0, 0, 16), &[]),
         (header(RequestKind::Discard, 1, 990, 16), &[]),
         (header(RequestKind::WriteZeroes, 0, 0, 16), &[]),
@@ -285,6 +285,43 @@ fn copies_move_every_byte() {
     expected[2_000_000..2_000_011].copy_from_slice(&bytes[2_999_990..]);
     expected[3_000_000..3_000_100].fill(0);
     assert!(contents(&target) == expected);
+}
+
+#[test]
+fn sharing_is_all_or_nothing() {
+    if !kvm_or_skip() {
+        return;
+    }
+    const EOPNOTSUPP: u32 = 95;
+    let share = |offset: u64, target_offset: u64, len: u64| RequestHeader {
+        flags: RequestFlags::ONLY_SHARE.bits(),
+        ..copy(offset, target_offset, len, None)
+    };
+    let bytes = pattern(1 << 20);
+    let (source, target) = (file_with(&bytes), file_with(&vec![0xee; 1 << 20]));
+    let (status, _) = run(
+        Requests::new()
+            .add(share(4096, 65_536, 131_072), &[])
+            // Places that can't be shared, and what the source has not got.
+            .add(share(512, 0, 4096), &[])
+            .add(share(0, 0, 4095), &[])
+            .add(share((1 << 20) - 4096, 0, 8192), &[])
+            .add(share(u64::MAX - 4095, 0, 4096), &[]),
+        &[],
+        &[(&source, false), (&target, true)],
+    );
+    let mut expected = vec![0xee; 1 << 20];
+    match status[0].status {
+        STATUS_OK => expected[65_536..196_608].copy_from_slice(&bytes[4096..135_168]),
+        _ => assert_eq!((status[0].status, status[0].errno), (STATUS_IO_ERROR, EOPNOTSUPP)),
+    }
+    for status in &status[1..4] {
+        assert_eq!((status.status, status.errno), (STATUS_IO_ERROR, EOPNOTSUPP));
+    }
+    assert_ne!(status[4].status, STATUS_OK);
+    assert!(contents(&target) == expected);
+    let (status, _) = run(Requests::new().add(share(0, 0, 4096), &[]), &[], &[(&source, false), (&target, false)]);
+    assert_eq!(status, [REFUSED]);
 }
 
 #[test]

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod corpus;
 mod differential;
 mod run;
 mod security;
@@ -24,7 +25,7 @@ struct Task {
 const TASKS: &[Task] = &[
     Task { name: "test", what: "all tests: nextest where installed, then the doc tests", run: test::test },
     Task { name: "golden", what: "qemu-img transcripts of ../shared/golden [-- REGEX]", run: test::golden },
-    Task { name: "corpus", what: "real images of ../shared/corpus [-- REGEX]", run: test::corpus },
+    Task { name: "corpus", what: "real images of ../shared/corpus [-- REGEX]", run: corpus::corpus },
     Task { name: "bench-smoke", what: "run each criterion bench once", run: test::bench_smoke },
     Task { name: "fuzz", what: "every fuzz target on stable: [--seconds N] [TARGET]", run: test::fuzz },
     Task {

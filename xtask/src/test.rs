@@ -32,11 +32,6 @@ pub fn golden(args: &[String]) -> Result {
     shared_runner("golden/run.py", args)
 }
 
-/// The corpus of real images.
-pub fn corpus(args: &[String]) -> Result {
-    shared_runner("corpus/run.py", args)
-}
-
 fn shared_runner(script: &str, args: &[String]) -> Result {
     let script: PathBuf = root().join("../shared").join(script);
     if !script.exists() {

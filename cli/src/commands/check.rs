@@ -199,6 +199,17 @@ fn finding(found: &CheckFinding) -> String {
         FindingKind::CopiedCluster => format!("{verb} OFLAG_COPIED data cluster: l2_entry={first:x} refcount={second}"),
         FindingKind::Rebuilding => "Rebuilding refcount structure".to_owned(),
         FindingKind::RebuildNeeded => "ERROR need to rebuild refcount structures".to_owned(),
+        FindingKind::CopyDamaged if first == 0 => "ERROR the footer at the beginning of the file is damaged".to_owned(),
+        FindingKind::CopyDamaged => "ERROR the footer at the end of the file is damaged or missing".to_owned(),
+        FindingKind::CopiesDiffer => "ERROR the footers at the two ends of the file differ".to_owned(),
+        FindingKind::HeaderChecksum => "ERROR the dynamic header has a wrong checksum".to_owned(),
+        FindingKind::DataOutside => {
+            format!("ERROR block {first} at offset {second:#x} ends behind the end of the file")
+        }
+        FindingKind::DataOverTables => {
+            format!("ERROR block {first} at offset {second:#x} lies over the image's tables")
+        }
+        FindingKind::DataShared => format!("ERROR blocks {first} and {second} overlap at offset {third:#x}"),
     };
     text + "\n"
 }

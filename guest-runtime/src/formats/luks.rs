@@ -337,6 +337,7 @@ fn flat<P: Platform>(
         size,
         cipher: Some(cipher),
         block_device: opened.block_device,
+        held_back: 0,
         completion,
     })
 }

@@ -6,6 +6,7 @@
 mod bochs;
 mod cloop;
 mod dmg;
+mod holes;
 mod legacy;
 mod luks;
 mod parallels;
@@ -146,6 +147,8 @@ pub struct FlatImage<P> {
     pub cipher: Option<Arc<dyn SectorCipher>>,
     /// The file can't grow, and does not read as zero when it is fresh.
     pub block_device: bool,
+    /// Bytes at the end of the disk that must be written after all others.
+    pub held_back: u64,
     /// Writes what makes the image whole, such as a footer.
     pub completion: Option<Completion<P>>,
 }
@@ -303,7 +306,7 @@ pub fn open_image<P: Platform>(
         Format::Qcow2 => qcow2::open(file, id, strict),
         Format::Qcow => qcow::open(file, id, strict),
         Format::Qed => qed::open(file, id, strict),
-        Format::Vdi => vdi::open(file, id, strict),
+        Format::Vdi => vdi::open(platform, file, id, strict),
         Format::Parallels => parallels::open(file, id, strict),
         Format::Dmg => dmg::open(platform, file, id, strict),
         Format::Bochs => bochs::open(file, id, strict),

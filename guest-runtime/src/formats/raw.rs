@@ -50,50 +50,57 @@ impl<P: Platform> OpenImage<P> for Raw<P> {
 
 /// Makes a file of the size of the disk.
 ///
-/// There is no header that could be written last. So a new disk is a sector too long until it is complete: what an interrupted run
-/// leaves has not the size of the disk.
+/// There is no header that could be written last. So a new disk is a sector too short until it is complete: what an interrupted run
+/// leaves has not the size of the disk. (A file that was cut off is written out by XFS as soon as it is closed: too long would be slower.)
 pub(super) fn create<P: Platform>(platform: &P, target: &Target, size: u64) -> Result<TargetImage<P>, Failure> {
     let opened = open_target_file(platform, FileRole::Target, size)?;
-    let preallocation = target.preallocation();
-    let completion = mark_unfinished(platform, &opened, size);
-    if completion.is_none() || preallocation != Preallocation::Off {
-        give_size(platform, &opened, size, preallocation)?;
+    give_size(platform, &opened, size, target.preallocation())?;
+    let Some(last) = size.checked_next_multiple_of(SECTOR).and_then(|size| size.checked_sub(SECTOR)) else {
+        return Ok(flat(&opened, size));
+    };
+    if opened.block_device {
+        return Ok(flat(&opened, size));
     }
-    Ok(flat(&opened, size, completion))
-}
-
-/// Makes the file too long; gives what sets its right length. `None`: it is empty, a device, or as long as a file can be.
-fn mark_unfinished<P: Platform>(platform: &P, opened: &TargetFile<P>, size: u64) -> Option<Completion<P>> {
-    let size = size.checked_next_multiple_of(SECTOR).filter(|&size| size != 0 && !opened.block_device)?;
-    let (file, len) = (opened.id, size.checked_add(SECTOR)?);
-    platform.submit(&mut [Io::SetLen { file, len }]).ok()?;
-    Some(Box::new(move |platform: &P| {
-        let failed = |(_, error): (usize, _)| block(Step::Write, Some(file), size, error);
-        platform.submit(&mut [Io::SetLen { file, len: size }]).map_err(failed)
+    let file = opened.id;
+    let set_len = move |platform: &P, len: u64| {
+        let failed = |(_, error): (usize, _)| block(Step::Write, Some(file), len, error);
+        platform.submit(&mut [Io::SetLen { file, len }]).map_err(failed)
+    };
+    set_len(platform, last)?;
+    let completion: Completion<P> = Box::new(move |platform: &P| set_len(platform, last + SECTOR));
+    Ok(TargetImage::Flat(FlatImage {
+        held_back: size - last,
+        completion: Some(completion),
+        ..flat_image(&opened, size)
     }))
 }
 
 /// Opens an existing file.
 pub(super) fn open_target<P: Platform>(platform: &P, size: u64) -> Result<TargetImage<P>, Failure> {
     let opened = open_target_file(platform, FileRole::Target, size)?;
-    Ok(flat(&opened, opened.file.size(), None))
+    Ok(flat(&opened, opened.file.size()))
 }
 
 /// Opens a granted file.
 pub(super) fn open_in_place<P: Platform>(platform: &P, device: u32) -> Result<TargetImage<P>, Failure> {
     let granted = granted_target_file(platform, device)?;
-    Ok(flat(&granted, granted.file.size(), None))
+    Ok(flat(&granted, granted.file.size()))
 }
 
-fn flat<P: Platform>(opened: &TargetFile<P>, size: u64, completion: Option<Completion<P>>) -> TargetImage<P> {
-    TargetImage::Flat(FlatImage {
+fn flat<P: Platform>(opened: &TargetFile<P>, size: u64) -> TargetImage<P> {
+    TargetImage::Flat(flat_image(opened, size))
+}
+
+fn flat_image<P: Platform>(opened: &TargetFile<P>, size: u64) -> FlatImage<P> {
+    FlatImage {
         file: opened.id,
         base: 0,
         size,
         cipher: None,
         block_device: opened.block_device,
-        completion,
-    })
+        held_back: 0,
+        completion: None,
+    }
 }
 
 pub(super) fn give_size<P: Platform>(

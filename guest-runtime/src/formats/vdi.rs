@@ -8,15 +8,25 @@ use instar_legacy::vdi::{
     BLOCK_SIZE, CreateOptions, Error, Image, OpenOptions, OptionError as Wrong, Writer, create as create_vdi,
 };
 
+use super::holes::WithHoles;
 use super::legacy::{Facts, Legacy, fault, io, target, with_number};
 use super::{OpenImage, TargetImage, invalid_options};
 use crate::ops::failure::about;
 use crate::platform::{File, Platform};
 
 /// Opens an image.
-pub(super) fn open<P: Platform>(file: File<P>, id: FileId, strict: bool) -> Result<Box<dyn OpenImage<P>>, Failure> {
+pub(super) fn open<P: Platform>(
+    platform: &P,
+    file: File<P>,
+    id: FileId,
+    strict: bool,
+) -> Result<Box<dyn OpenImage<P>>, Failure> {
     let image = Image::open(file, id, &OpenOptions { strict }).map_err(|error| failure(Step::Open, id, error))?;
     let facts = Facts { cluster_size: Some(BLOCK_SIZE), ..Facts::default() };
+    if image.header().is_static {
+        let image = WithHoles::new(platform, image, alloc::vec![id]);
+        return Ok(Box::new(Legacy { image, id, format: Format::Vdi, facts }));
+    }
     Ok(Box::new(Legacy { image, id, format: Format::Vdi, facts }))
 }
 

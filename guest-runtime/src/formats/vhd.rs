@@ -9,6 +9,7 @@ use instar_guest_protocol::message::{
 };
 use instar_vhd::{self as vhd, CreateOptions, DiskType, OpenOptions, SizeRule, Writer};
 
+use super::holes::WithHoles;
 use super::target::{TargetDisk, TargetFile, open_target_file};
 use super::{Backing, FlatImage, ImageWriter, MappedImage, OpenImage, TargetImage};
 use crate::ops::failure::{about, block};
@@ -18,6 +19,7 @@ use crate::platform::{File, Io, Platform};
 const DRIVER: &[u8] = b"vpc";
 
 struct Vhd<P: Platform> {
+    platform: P,
     image: Box<vhd::Image<File<P>>>,
     id: FileId,
     /// Where to look for the parent; one name at least if there is a parent.
@@ -47,7 +49,7 @@ pub(super) fn open<P: Platform>(
         // The host refuses it, and says so.
         names.push(Vec::new());
     }
-    Ok(Box::new(Vhd { image: Box::new(image), id, names }))
+    Ok(Box::new(Vhd { platform: platform.clone(), image: Box::new(image), id, names }))
 }
 
 impl<P: Platform> OpenImage<P> for Vhd<P> {
@@ -94,7 +96,10 @@ impl<P: Platform> OpenImage<P> for Vhd<P> {
     }
 
     fn into_layer(self: Box<Self>) -> Box<dyn Layer> {
-        self.image
+        match self.image.disk_type() {
+            DiskType::Fixed => Box::new(WithHoles::new(&self.platform, *self.image, alloc::vec![self.id])),
+            _ => self.image,
+        }
     }
 }
 
@@ -161,6 +166,7 @@ fn create_fixed<P: Platform>(
         size,
         cipher: None,
         block_device,
+        held_back: 0,
         completion: Some(Box::new(complete)),
     }))
 }
@@ -175,7 +181,7 @@ pub(super) fn open_target<P: Platform>(platform: &P, size: u64, durable: bool) -
     drop(image);
     if kind == DiskType::Fixed {
         // What it holds does not read as zero.
-        let flat = FlatImage { file: id, base: 0, size, cipher: None, block_device, completion: None };
+        let flat = FlatImage { file: id, base: 0, size, cipher: None, block_device, held_back: 0, completion: None };
         return Ok(TargetImage::Flat(flat));
     }
     let writer = Writer::open(target.disk(durable), id, SizeRule::ByCreator).map_err(failed)?;

@@ -14,6 +14,7 @@ use instar_vmdk::{
     CreateOptions, Error, ExtentType, GRAIN, Image, OpenOptions, Subformat, Writer, create as create_vmdk,
 };
 
+use super::holes::WithHoles;
 use super::target::{TargetDisk, open_target_file};
 use super::{Backing, Compression, FlatImage, ImageWriter, MappedImage, OpenImage, TargetImage, open_image};
 use crate::chain::request_file;
@@ -21,6 +22,7 @@ use crate::ops::failure::{about, block};
 use crate::platform::{File, Platform};
 
 struct Vmdk<P: Platform> {
+    platform: P,
     image: Image<File<P>>,
     id: FileId,
 }
@@ -43,7 +45,7 @@ pub(super) fn open<P: Platform>(
         let file = platform.file(part.0).ok_or_else(|| about(Step::Open, id, Cause::OpenRefused))?;
         image.attach(number, file, part).map_err(failed)?;
     }
-    Ok(Box::new(Vmdk { image, id }))
+    Ok(Box::new(Vmdk { platform: platform.clone(), image, id }))
 }
 
 impl<P: Platform> OpenImage<P> for Vmdk<P> {
@@ -122,7 +124,12 @@ impl<P: Platform> OpenImage<P> for Vmdk<P> {
     }
 
     fn into_layer(self: Box<Self>) -> Box<dyn Layer> {
-        Box::new(self.image)
+        let flat = self.image.extents_info().filter(|extent| extent.grain.is_none()).filter_map(|extent| extent.file);
+        let flat: Vec<FileId> = flat.collect();
+        match flat.is_empty() {
+            true => Box::new(self.image),
+            false => Box::new(WithHoles::new(&self.platform, self.image, flat)),
+        }
     }
 }
 
@@ -177,7 +184,15 @@ pub(super) fn create<P: Platform>(
             let completion = move |_: &P| writer.finish().map_err(|error| failure(Step::Write, id, error));
             let size = lens.iter().sum();
             let completion = Some(Box::new(completion) as _);
-            Ok(TargetImage::Flat(FlatImage { file, base: 0, size, cipher: None, block_device: false, completion }))
+            Ok(TargetImage::Flat(FlatImage {
+                file,
+                base: 0,
+                size,
+                cipher: None,
+                block_device: false,
+                held_back: 0,
+                completion,
+            }))
         }
         None => Ok(TargetImage::Mapped(Box::new(VmdkTarget { writer, id, block_device }))),
     }

@@ -117,6 +117,7 @@ fn copy<P: Platform>(
         unit,
         compress: compression,
         order: Lock::default(),
+        shares: AtomicBool::new(false),
     };
     let job = Job {
         platform,
@@ -363,7 +364,7 @@ impl<P: Platform> Job<'_, P> {
         let bytes = core::mem::take(old);
         match encoder {
             Some(encoder) => self.compress(pieces, &bytes, encoder),
-            None => Ok(Finished { bytes, pieces }),
+            None => Ok(Finished { bytes, sources: Vec::new(), pieces }),
         }
     }
 
@@ -402,7 +403,7 @@ impl<P: Platform> Job<'_, P> {
                 out.push(Piece { offset, len: input.len() as u64, kind });
             }
         }
-        Ok(Finished { bytes, pieces: out })
+        Ok(Finished { bytes, sources: Vec::new(), pieces: out })
     }
 
     fn report(&self, done: u64) {

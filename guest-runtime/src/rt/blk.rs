@@ -134,6 +134,15 @@ impl<'b> Rest<'b> {
                 // A multiple of every granularity, so that the blocks of all pieces count from `offset`.
                 Self::range(header, Data::Write(&[]), *len, MAX_COPY_BYTES)
             }
+            Io::Share { from, offset, to, to_offset, len } => {
+                let header = RequestHeader {
+                    target_device: to.0,
+                    target_offset: *to_offset,
+                    flags: RequestFlags::ONLY_SHARE.bits(),
+                    ..header(RequestKind::Copy, *from, *offset)
+                };
+                Self::range(header, Data::Write(&[]), *len, MAX_COPY_BYTES)
+            }
             Io::WriteZeroes { file, offset, len, mode } => {
                 let flags = if *mode == ZeroMode::Unmap { RequestFlags::UNMAP } else { RequestFlags::empty() };
                 let header = RequestHeader { flags: flags.bits(), ..header(RequestKind::WriteZeroes, *file, *offset) };

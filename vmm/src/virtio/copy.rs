@@ -13,7 +13,7 @@ use crate::rawio::clone_range;
 
 /// Bytes moved by one pair of system calls: large enough to make their cost vanish, small enough to stay in the processor's
 /// cache between reading, looking for zeroes and writing.
-const CHUNK: usize = 256 << 10;
+const CHUNK: usize = 512 << 10;
 /// Alignment that reflinks ask for.
 const CLONE_ALIGNMENT: u64 = 4096;
 /// Smallest and largest block of [`RequestFlags::SKIP_ZERO`].
@@ -71,6 +71,12 @@ pub fn copy(
         }
         return plan.copy_nonzero(len, block, scratch);
     }
+    if flags.contains(RequestFlags::ONLY_SHARE) {
+        return match plan.share(0..len)? == (0..len) {
+            true => Ok(len),
+            false => Err(Fault::Io(Errno::OPNOTSUPP)),
+        };
+    }
     // What lies past the end of the source counts as zero.
     let present = end.min(source.len()).saturating_sub(offset);
     plan.copy_all(present, scratch)?;
@@ -101,6 +107,7 @@ impl Plan<'_> {
         let (from, to) = (self.offset + range.start, self.target_offset + range.start);
         let len = (range.end - range.start) / CLONE_ALIGNMENT * CLONE_ALIGNMENT;
         if len == 0
+            || from.checked_add(len).is_none_or(|end| end > self.source.len())
             || !from.is_multiple_of(CLONE_ALIGNMENT)
             || !to.is_multiple_of(CLONE_ALIGNMENT)
             || self.has_block_device()

@@ -114,7 +114,7 @@ fn step_of(request: &Io<'_>, error: Error) -> Step {
     match request {
         Io::Read { .. } => Step::Read,
         // The host does not say which side of a copy failed: only writing runs out of space.
-        Io::Copy { .. } => match error.kind() {
+        Io::Copy { .. } | Io::Share { .. } => match error.kind() {
             ErrorKind::NoSpace | ErrorKind::ReadOnly => Step::Write,
             _ if error.os() == Some(EFBIG) => Step::Write,
             _ => Step::Read,

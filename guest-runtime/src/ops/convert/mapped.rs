@@ -5,6 +5,7 @@ use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 use core::ops::Range;
+use core::sync::atomic::{AtomicBool, Ordering};
 
 use super::Sparse;
 use super::fill::{Batch, Fault, Outcome, Scratch, fill, read_under};
@@ -12,8 +13,11 @@ use super::plan::{Chunk, Segment, segments_of};
 use crate::formats::{Compression, MappedImage};
 use crate::lock::Lock;
 use crate::platform::{Io, Platform};
-use instar_blockio::{BlockRead, ErrorKind, Extent, ExtentKind, Layer, Reservation, ZeroMode, data_runs, is_zero};
+use instar_blockio::{
+    BlockRead, ErrorKind, Extent, ExtentKind, FileId, Layer, Reservation, ZeroMode, data_runs, is_zero,
+};
 use instar_codec::Encoder;
+use instar_guest_protocol::message::Step;
 use instar_vmdk::marker;
 
 /// The image that is written, and how.
@@ -31,7 +35,12 @@ pub(in crate::ops) struct MappedTarget<P: Platform> {
     pub compress: Option<Compression>,
     /// Finished chunks that wait for their turn.
     pub order: Lock<Order>,
+    /// Source and target may be able to share blocks; cleared once they were not.
+    pub shares: AtomicBool,
 }
+
+/// Alignment that sharing asks for, on all file systems that can.
+const SHARED_BLOCK: u64 = 4096;
 
 /// The order in which places are given out.
 #[derive(Default)]
@@ -50,6 +59,8 @@ impl Order {
 /// A chunk that is ready to be written.
 pub(in crate::ops) struct Finished {
     pub bytes: Vec<u8>,
+    /// Where bytes that are written as they were read came from: files may share such blocks. Empty for all others.
+    pub sources: Vec<Extent>,
     pub pieces: Vec<Piece>,
 }
 
@@ -104,7 +115,7 @@ impl<P: Platform> MappedTarget<P> {
     ) -> Outcome<Finished> {
         if says_zero(chunk, sparse) {
             let pieces = alloc::vec![Piece { offset: chunk.offset, len: chunk.len, kind: PieceKind::Zeroes }];
-            return Ok(Finished { bytes, pieces });
+            return Ok(Finished { bytes, sources: Vec::new(), pieces });
         }
         if let Some(encoder) = encoder {
             return self.compress_units(chunk, sparse, bytes, encoder);
@@ -113,7 +124,12 @@ impl<P: Platform> MappedTarget<P> {
             true => self.whole_units(chunk, sparse, &mut bytes)?,
             false => runs(chunk, sparse, &bytes),
         };
-        Ok(Finished { bytes, pieces })
+        let is_plain = |extent: &&Extent| matches!(extent.kind, ExtentKind::Data { .. });
+        let sources = match self.shares.load(Ordering::Relaxed) {
+            true => chunk.extents.iter().filter(is_plain).copied().collect(),
+            false => Vec::new(),
+        };
+        Ok(Finished { bytes, sources, pieces })
     }
 
     /// Every byte of a chunk is written or said to be zero, not only the runs of data.
@@ -223,7 +239,7 @@ impl<P: Platform> MappedTarget<P> {
             };
             pieces.push(Piece { offset, len, kind });
         }
-        Ok(Finished { bytes, pieces })
+        Ok(Finished { bytes, sources: Vec::new(), pieces })
     }
 
     /// Hands in a finished chunk and writes every chunk whose turn has come. Gives the buffers back.
@@ -244,11 +260,15 @@ impl<P: Platform> MappedTarget<P> {
         if ready.is_empty() {
             return Ok(Vec::new());
         }
-        let mut writes = Batch::default();
-        for (finished, places) in &ready {
-            push_writes(finished, places, &mut writes);
+        if !self.share(platform, &ready)? {
+            let mut writes = Batch::default();
+            for (finished, places) in &ready {
+                for stretch in stretches(places) {
+                    writes.push(stretch.offset, stretch.write(finished));
+                }
+            }
+            writes.submit(platform)?;
         }
-        writes.submit(platform)?;
         let mut image = self.image.lock();
         let writer = image.disk_mut();
         let mut buffers = Vec::with_capacity(ready.len());
@@ -260,6 +280,33 @@ impl<P: Platform> MappedTarget<P> {
             buffers.push(finished.bytes);
         }
         Ok(buffers)
+    }
+
+    /// Lets the target share what it can with the source, and writes the rest; `false` if that is not possible here, and all is to be
+    /// written.
+    ///
+    /// What is zero has been found by reading, so that the same image comes out as by copying.
+    fn share(&self, platform: &P, ready: &[(Finished, Vec<Place>)]) -> Outcome<bool> {
+        let mut requests = Batch::default();
+        let mut shared = false;
+        for (finished, places) in ready {
+            for stretch in stretches(places) {
+                let request = stretch.share(&finished.sources);
+                shared |= request.is_some();
+                requests.push(stretch.offset, request.unwrap_or_else(|| stretch.write(finished)));
+            }
+        }
+        if !shared {
+            return Ok(false);
+        }
+        match requests.submit(platform) {
+            Ok(()) => Ok(true),
+            Err(fault) if fault.step == Step::Read => {
+                self.shares.store(false, Ordering::Relaxed);
+                Ok(false)
+            }
+            Err(fault) => Err(fault),
+        }
     }
 
     /// Finds the place of each piece, in order.
@@ -357,23 +404,45 @@ fn push_joined(pieces: &mut Vec<Piece>, piece: Piece) {
     pieces.push(piece);
 }
 
-/// One write for each stretch that is contiguous both in the buffer and in the file.
-fn push_writes<'b>(finished: &'b Finished, places: &[Place], writes: &mut Batch<'b>) {
-    let mut index = 0;
-    while let Some(first) = places.get(index) {
-        let (start, host, file) = (first.at, first.reservation.host, first.reservation.file);
-        let mut len = first.reservation.stored_len;
-        index += 1;
-        while let Some(next) = places.get(index)
-            && next.reservation.file == file
-            && next.reservation.host == host + len
-            && next.at == start + len as usize
-        {
-            len += next.reservation.stored_len;
-            index += 1;
-        }
-        let disk_offset = first.reservation.offset;
-        let buf = &finished.bytes[start..start + len as usize];
-        writes.push(disk_offset, Io::Write { file, offset: host, buf });
+/// Bytes that are contiguous in the buffer, in the target's file, and on the disk.
+struct Stretch {
+    offset: u64,
+    at: usize,
+    file: FileId,
+    host: u64,
+    len: u64,
+}
+
+/// The stretches of a chunk's places, in order.
+fn stretches(places: &[Place]) -> impl Iterator<Item = Stretch> {
+    places
+        .chunk_by(|a, b| {
+            let (before, next) = (&a.reservation, &b.reservation);
+            next.file == before.file
+                && next.host == before.host + before.stored_len
+                && b.at == a.at + before.stored_len as usize
+                && next.offset == before.offset + before.len
+        })
+        .filter_map(|places| {
+            let Place { at, reservation: Reservation { offset, file, host, .. } } = *places.first()?;
+            let len = places.iter().map(|place| place.reservation.stored_len).sum();
+            Some(Stretch { offset, at, file, host, len })
+        })
+}
+
+impl Stretch {
+    fn write<'b>(&self, finished: &'b Finished) -> Io<'b> {
+        let buf = &finished.bytes[self.at..self.at + self.len as usize];
+        Io::Write { file: self.file, offset: self.host, buf }
+    }
+
+    /// If one run of the source holds it, where blocks can be shared.
+    fn share<'b>(&self, sources: &[Extent]) -> Option<Io<'b>> {
+        let end = self.offset.checked_add(self.len)?;
+        let source = sources.iter().find(|source| source.offset <= self.offset && end <= source.end())?;
+        let ExtentKind::Data { file, host } = source.kind else { return None };
+        let offset = host + (self.offset - source.offset);
+        let aligned = [offset, self.host, self.len].iter().all(|place| place.is_multiple_of(SHARED_BLOCK));
+        aligned.then_some(Io::Share { from: file, offset, to: self.file, to_offset: self.host, len: self.len })
     }
 }

@@ -252,6 +252,7 @@ impl<'a, P: Platform> Job<'a, P> {
         });
         match self.failure.lock().take() {
             Some(failure) => Err(failure),
+            None if self.planner.lock().release() => self.work(),
             None => Ok(()),
         }
     }

@@ -26,6 +26,8 @@ pub(in crate::ops) struct Rules {
     pub unit: u64,
     /// Bytes of a chunk, a power of two and a multiple of `unit`.
     pub chunk: u64,
+    /// Bytes at the end of the disk that come last, when all others are written.
+    pub held_back: u64,
 }
 
 /// One piece of work: a segment of the disk, or several where little lies here and there. One turn with the host serves them all.
@@ -104,8 +106,14 @@ pub(in crate::ops) struct Planner {
 
 impl Planner {
     pub fn new(source: Box<dyn Layer>, rules: Rules) -> Self {
-        let end = source.size();
+        let end = source.size().saturating_sub(rules.held_back);
         Self { source, rules, cursor: 0, end, seq: 0, skipped: 0, kept: None }
+    }
+
+    /// Lets [`next`](Self::next) go on to the end of the disk; `false` if nothing was held back.
+    pub fn release(&mut self) -> bool {
+        self.end = self.source.size();
+        self.rules.held_back > 0
     }
 
     /// Sequence number of the chunk that [`next`](Self::next) would give.

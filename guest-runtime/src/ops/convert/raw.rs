@@ -21,6 +21,8 @@ pub(in crate::ops) struct RawTarget {
     pub zero_init: bool,
     /// What the source does not allocate stays as it is.
     pub keeps_unallocated: bool,
+    /// Bytes at the end that are written last.
+    pub held_back: u64,
 }
 
 impl RawTarget {

@@ -1,6 +1,7 @@
 //! The target of a conversion: made or opened once the sources are open.
 
 use alloc::boxed::Box;
+use core::sync::atomic::AtomicBool;
 
 use instar_blockio::{Error, FileId, Layer};
 use instar_codec::Encoder;
@@ -58,7 +59,14 @@ impl<P: Platform> Target<P> {
         // What nobody writes into an encrypted disk is noise.
         let zero_init = (fresh || request.target_is_zero) && image.cipher.is_none();
         Self::Raw(
-            RawTarget { file: image.file, base: image.base, cipher: image.cipher, zero_init, keeps_unallocated: false },
+            RawTarget {
+                file: image.file,
+                base: image.base,
+                cipher: image.cipher,
+                zero_init,
+                keeps_unallocated: false,
+                held_back: image.held_back,
+            },
             image.completion.map(Lock::new),
         )
     }
@@ -89,6 +97,7 @@ impl<P: Platform> Target<P> {
             unit,
             compress,
             order: Lock::default(),
+            shares: AtomicBool::new(true),
         })))
     }
 
@@ -102,6 +111,7 @@ impl<P: Platform> Target<P> {
                     cipher: image.cipher,
                     zero_init: false,
                     keeps_unallocated: true,
+                    held_back: 0,
                 };
                 Self::Raw(raw, image.completion.map(Lock::new))
             }
@@ -113,6 +123,7 @@ impl<P: Platform> Target<P> {
                 zero_init: false,
                 compress: None,
                 order: Lock::default(),
+                shares: AtomicBool::new(true),
             })),
         }
     }
@@ -126,6 +137,7 @@ impl<P: Platform> Target<P> {
                 allocate_all: raw.cipher.is_some(),
                 unit: 1,
                 chunk: RAW_CHUNK,
+                held_back: raw.held_back,
             },
             Self::Mapped(mapped) => Rules {
                 zero_init: mapped.zero_init,
@@ -133,6 +145,7 @@ impl<P: Platform> Target<P> {
                 allocate_all: false,
                 unit: mapped.unit,
                 chunk: CHUNK.max(mapped.unit),
+                held_back: 0,
             },
         }
     }

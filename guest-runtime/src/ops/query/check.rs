@@ -3,16 +3,18 @@
 use alloc::vec::Vec;
 
 use instar_blockio::FileId;
-use instar_blockio::check::{CheckReport, Repair};
+use instar_blockio::check::{CheckReport, Clusters, Repair};
 use instar_guest_protocol::message::{
-    Call, Cause, CheckFinding, CheckFindings, CheckNumbers, CheckReply, CheckRequest, Failure, Format, Step, call,
+    Call, Cause, CheckFinding, CheckFindings, CheckNumbers, CheckReply, CheckRequest, Failure, Field, FindingKind,
+    Format, Step, call,
 };
 use instar_legacy::{parallels, qed, vdi};
 use instar_qcow2 as qcow2;
+use instar_vhd as vhd;
 use instar_vhdx as vhdx;
 
 use crate::formats::target::TargetDisk;
-use crate::formats::{finding_info, open_named, qcow2_failure};
+use crate::formats::{OpenImage, finding_info, open_named, qcow2_failure};
 use crate::ops::failure::about;
 use crate::platform::{File, Platform};
 
@@ -29,48 +31,71 @@ const MOST: usize = 200_000;
 pub fn run<P: Platform>(platform: &P, request: &CheckRequest) -> Result<CheckReply, Failure> {
     let source = &request.image;
     let id = FileId(source.device);
-    let mut image = open_named(platform, source)?;
-    let format = image.format();
-    if format == Format::Luks {
+    let mut image = match open_named(platform, source) {
+        // What is not there is told by the check.
+        Err(failure) if source.strict && is_vhd_cut_off(&failure) => None,
+        opened => Some(opened?),
+    };
+    let format = image.as_ref().map_or(Format::Vpc, |image| image.format());
+    if let Some(image) = &mut image
+        && format == Format::Luks
+    {
         // It can't be checked; without the key it can't even be opened.
         image.open_parts(platform)?;
     }
     let repair = Repair { leaks: request.leaks, corruptions: request.corruptions };
-    let repairs = repair != Repair::default();
     let mut listener = Listener { platform, pending: Vec::new(), told: 0 };
     let reply = CheckReply { format: format.into(), supported: true, ..CheckReply::default() };
-    let check = Check { platform, id };
-    let first = match format {
-        Format::Qcow2 => check.qcow2(repair, &mut listener)?,
-        Format::Qed => check.qed(repair, &mut listener)?,
-        Format::Parallels => check.parallels(repair, &mut listener)?,
-        Format::Vdi if !repairs => Some(check.vdi(&mut listener)?),
-        Format::Vhdx if !repairs => Some(check.vhdx(&mut listener)?),
-        _ => match image.check(&mut |finding| listener.tell(finding)).filter(|_| !repairs) {
-            Some(report) => Some(report?),
-            None => return Ok(CheckReply { supported: false, ..reply }),
-        },
+    let check = Check { platform, id, strict: source.strict };
+    let Some(first) = check.image(image.as_deref(), repair, &mut listener) else {
+        return Ok(CheckReply { supported: false, ..reply });
     };
+    let first = first?;
     listener.send();
     let Some(first) = first else { return Ok(CheckReply { refused: true, ..reply }) };
     if first.corruptions_fixed == 0 && first.leaks_fixed == 0 {
         return Ok(CheckReply { numbers: Some(numbers(&first)), ..reply });
     }
-    let second = match format {
-        Format::Qcow2 => check.qcow2(Repair::default(), &mut listener)?,
-        Format::Qed => check.qed(Repair::default(), &mut listener)?,
-        _ => check.parallels(Repair::default(), &mut listener)?,
-    };
+    let second = check.image(image.as_deref(), Repair::default(), &mut listener).transpose()?.flatten();
     listener.send();
     Ok(CheckReply { numbers: second.as_ref().map(numbers), repaired: Some(numbers(&first)), ..reply })
+}
+
+/// A VHD whose last blocks are missing, which keeps it from being opened.
+fn is_vhd_cut_off(failure: &Failure) -> bool {
+    failure.cause() == Cause::InvalidField && failure.value == Field::VhdTruncated as u64
 }
 
 struct Check<'p, P> {
     platform: &'p P,
     id: FileId,
+    strict: bool,
 }
 
 impl<P: Platform> Check<'_, P> {
+    /// Checks or repairs an image (that is VHD if it can't be opened); `None` where its format can't be checked, or not be repaired, `Some(Ok(None))` where what would be needed
+    /// was not asked for.
+    fn image(
+        &self,
+        image: Option<&dyn OpenImage<P>>,
+        repair: Repair,
+        to: &mut Listener<'_, P>,
+    ) -> Option<Result<Option<CheckReport>, Failure>> {
+        let repairs = repair != Repair::default();
+        let Some(image) = image else { return Some(self.vhd(repairs, to)) };
+        match image.format() {
+            Format::Qcow2 => Some(self.qcow2(repair, to)),
+            Format::Qed => Some(self.qed(repair, to)),
+            Format::Parallels => Some(self.parallels(repair, to)),
+            Format::Vhdx => Some(self.vhdx(repairs, to)),
+            // Not known to qemu-img: see the quirk vhd-unchecked.
+            Format::Vpc if self.strict => Some(self.vhd(repairs, to)),
+            _ if repairs => None,
+            Format::Vdi => Some(self.vdi(to).map(Some)),
+            _ => image.check(&mut |finding| to.tell(finding)).map(|report| report.map(Some)),
+        }
+    }
+
     fn file(&self) -> Result<File<P>, Failure> {
         self.platform.file(self.id.0).ok_or_else(|| about(Step::Open, self.id, Cause::BadRequest))
     }
@@ -135,8 +160,10 @@ impl<P: Platform> Check<'_, P> {
         image.check(&mut |_| to.tell(CheckFinding::default())).map_err(failed)
     }
 
-    fn vhdx(&self, to: &mut Listener<'_, P>) -> Result<CheckReport, Failure> {
+    /// Opening for a repair carries out the log.
+    fn vhdx(&self, repairs: bool, to: &mut Listener<'_, P>) -> Result<Option<CheckReport>, Failure> {
         let failed = |error| self.failed(Format::Vhdx, matches!(error, vhdx::Error::Io(_)));
+        let replayed = repairs && vhdx::replay_log(&mut self.disk()?).map_err(failed)?;
         let image = vhdx::Image::open(self.file()?, self.id, &vhdx::OpenOptions::default()).map_err(failed)?;
         let mut found = |finding: vhdx::Finding| {
             if finding.is_corruption() {
@@ -144,13 +171,46 @@ impl<P: Platform> Check<'_, P> {
             }
         };
         let report = vhdx::check(&image, &mut found).map_err(failed)?;
-        Ok(CheckReport { corruptions: report.corruptions, ..CheckReport::default() })
+        let fixed = u64::from(replayed);
+        Ok(Some(CheckReport { corruptions: report.corruptions, corruptions_fixed: fixed, ..CheckReport::default() }))
+    }
+
+    fn vhd(&self, repairs: bool, to: &mut Listener<'_, P>) -> Result<Option<CheckReport>, Failure> {
+        let failed = |error| self.failed(Format::Vpc, matches!(error, vhd::Error::Io(_)));
+        let repaired = repairs && vhd::repair(&mut self.disk()?).map_err(failed)?;
+        let options = vhd::OpenOptions { check_table: false, ..vhd::OpenOptions::default() };
+        let image = vhd::Image::open(self.file()?, self.id, &options).map_err(failed)?;
+        let report = vhd::check(&image, &mut |finding| to.tell(vhd_finding(finding))).map_err(failed)?;
+        let clusters =
+            Clusters { total: report.total_blocks, allocated: report.allocated_blocks, ..Clusters::default() };
+        Ok(Some(CheckReport {
+            corruptions: report.corruptions + report.damages,
+            corruptions_fixed: u64::from(repaired),
+            image_end_offset: Some(report.image_end_offset),
+            clusters: Some(clusters),
+            ..CheckReport::default()
+        }))
     }
 
     fn failed(&self, format: Format, io: bool) -> Failure {
         let cause = if io { Cause::Io } else { Cause::CorruptMetadata };
         Failure { format: format.into(), os: EIO, ..about(Step::Map, self.id, cause) }
     }
+}
+
+fn vhd_finding(finding: vhd::Finding) -> CheckFinding {
+    use vhd::Finding as F;
+    let (kind, first, second, third) = match finding {
+        F::FrontFooter => (FindingKind::CopyDamaged, 0, 0, 0),
+        F::EndFooter => (FindingKind::CopyDamaged, 1, 0, 0),
+        F::FootersDiffer => (FindingKind::CopiesDiffer, 0, 0, 0),
+        F::HeaderChecksum => (FindingKind::HeaderChecksum, 0, 0, 0),
+        F::Outside { block, at } => (FindingKind::DataOutside, block.into(), at, 0),
+        F::OverMetadata { block, at } => (FindingKind::DataOverTables, block.into(), at, 0),
+        F::SharedBlock { first, second, at } => (FindingKind::DataShared, first.into(), second.into(), at),
+        _ => (FindingKind::Other, 0, 0, 0),
+    };
+    CheckFinding { kind: kind.into(), first, second, third, ..CheckFinding::default() }
 }
 
 fn numbers(report: &CheckReport) -> CheckNumbers {

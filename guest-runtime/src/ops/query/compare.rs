@@ -226,7 +226,7 @@ impl<P: Platform> Plan<P> {
                 self.found(Mismatch { offset: at, allocation: true });
                 return (at > start).then(|| Piece { offset: start, len: at - start, extents });
             }
-            let zero = runs.iter().flatten().all(|run| run.zero);
+            let zero = runs.iter().flatten().all(|run| run.zero || matches!(run.kind, ExtentKind::Zero { .. }));
             if zero && at == start && len >= PIECE {
                 self.cursor += len;
                 for list in &mut extents {

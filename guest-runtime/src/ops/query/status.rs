@@ -47,6 +47,11 @@ fn has_no_backing(format: Format) -> bool {
     matches!(format, Format::Vpc | Format::Vdi | Format::Raw | Format::File | Format::Luks)
 }
 
+/// Formats of which some or all may lie flat in a file.
+fn has_flat_parts(format: Format) -> bool {
+    matches!(format, Format::Vmdk | Format::Vpc | Format::Vdi)
+}
+
 impl<P: Platform> Disk<P> {
     /// Opens an image with everything below it. `allocated`: bytes that the file system holds of its file, if they are known.
     pub fn open(platform: &P, source: &Source, allocated: Option<u64>) -> core::result::Result<Self, Failure> {
@@ -142,7 +147,11 @@ impl<P: Platform> Disk<P> {
             kind: extent.kind,
         };
         if tells_nothing(layer.format) {
-            return Ok(Some(status));
+            return Ok(match extent.kind {
+                ExtentKind::Unallocated if (depth as usize) + 1 < self.layers.len() => None,
+                ExtentKind::Unallocated => Some(Status { kind: ExtentKind::Zero { host: None }, ..status }),
+                _ => Some(status),
+            });
         }
         let raw = matches!(layer.format, Format::Raw | Format::File);
         Ok(Some(match extent.kind {
@@ -150,6 +159,10 @@ impl<P: Platform> Disk<P> {
             ExtentKind::Data { file, host } => Status { place: Some((file, host)), ..status },
             ExtentKind::Zero { .. } if raw => {
                 Status { zero: true, data: false, place: Some((layer.file, extent.offset)), ..status }
+            }
+            // Stored flat, in a hole of the file.
+            ExtentKind::Zero { host: Some(place) } if has_flat_parts(layer.format) => {
+                Status { zero: true, place: Some(place), ..status }
             }
             ExtentKind::Zero { host } => Status { zero: true, data: false, place: host, ..status },
             ExtentKind::Compressed(_) => Status { compressed: true, ..status },
