@@ -68,11 +68,8 @@ pub(super) fn create<P: Platform>(platform: &P, target: &Target, size: u64) -> R
     };
     set_len(platform, last)?;
     let completion: Completion<P> = Box::new(move |platform: &P| set_len(platform, last + SECTOR));
-    Ok(TargetImage::Flat(FlatImage {
-        held_back: size - last,
-        completion: Some(completion),
-        ..flat_image(&opened, size)
-    }))
+    let image = flat_image(&opened, last + SECTOR);
+    Ok(TargetImage::Flat(FlatImage { held_back: SECTOR, completion: Some(completion), ..image }))
 }
 
 /// Opens an existing file.

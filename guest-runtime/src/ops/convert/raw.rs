@@ -21,7 +21,9 @@ pub(in crate::ops) struct RawTarget {
     pub zero_init: bool,
     /// What the source does not allocate stays as it is.
     pub keeps_unallocated: bool,
-    /// Bytes at the end that are written last.
+    /// Bytes of the disk.
+    pub size: u64,
+    /// Bytes at its end that are written last; until then the file ends before them.
     pub held_back: u64,
 }
 
@@ -37,9 +39,15 @@ impl RawTarget {
         counters: &Counters,
     ) -> Outcome<()> {
         let mut batch = Batch::default();
-        // What the host can do by itself.
+        // What the host can do by itself. Zeroes are said inside the file only.
+        let inside = if self.held_back == 0 { u64::MAX } else { self.size.saturating_sub(self.held_back) };
         let direct = |extent: &Extent| {
-            self.cipher.is_none() && !matches!(extent.kind, ExtentKind::Compressed(_) | ExtentKind::Encrypted { .. })
+            self.cipher.is_none()
+                && match extent.kind {
+                    ExtentKind::Compressed(_) | ExtentKind::Encrypted { .. } => false,
+                    ExtentKind::Data { .. } => true,
+                    _ => extent.end() <= inside,
+                }
         };
         let stays = |extent: &Extent| self.keeps_unallocated && extent.kind == ExtentKind::Unallocated;
         for extent in chunk.extents.iter().filter(|extent| direct(extent) && !stays(extent)) {

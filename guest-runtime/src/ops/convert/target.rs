@@ -65,6 +65,7 @@ impl<P: Platform> Target<P> {
                 cipher: image.cipher,
                 zero_init,
                 keeps_unallocated: false,
+                size: image.size,
                 held_back: image.held_back,
             },
             image.completion.map(Lock::new),
@@ -111,6 +112,7 @@ impl<P: Platform> Target<P> {
                     cipher: image.cipher,
                     zero_init: false,
                     keeps_unallocated: true,
+                    size: image.size,
                     held_back: 0,
                 };
                 Self::Raw(raw, image.completion.map(Lock::new))
