@@ -1,9 +1,14 @@
 //! Bytes of an image under construction.
 
-/// A file's contents: the bytes at its start, and holes up to its length.
+use std::collections::BTreeMap;
+
+/// Bytes of a page.
+pub const PAGE: usize = 4096;
+
+/// A file's contents: pages that are not all zero, and the length.
 #[derive(Clone, Debug, Default)]
 pub struct Image {
-    data: Vec<u8>,
+    pages: BTreeMap<usize, Box<[u8; PAGE]>>,
     len: u64,
 }
 
@@ -24,12 +29,16 @@ impl Image {
 
     /// With `bytes` at `at`; grows as needed.
     pub fn put(mut self, at: usize, bytes: &[u8]) -> Self {
-        let end = at + bytes.len();
-        if self.data.len() < end {
-            self.data.resize(end, 0);
+        self.len = self.len.max((at + bytes.len()) as u64);
+        let (mut at, mut rest) = (at, bytes);
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(rest.len().min(PAGE - at % PAGE));
+            if self.pages.contains_key(&(at / PAGE)) || now.iter().any(|byte| *byte != 0) {
+                let page = self.pages.entry(at / PAGE).or_insert_with(|| Box::new([0; PAGE]));
+                page[at % PAGE..at % PAGE + now.len()].copy_from_slice(now);
+            }
+            (at, rest) = (at + now.len(), later);
         }
-        self.data[at..end].copy_from_slice(bytes);
-        self.len = self.len.max(end as u64);
         self
     }
 
@@ -63,7 +72,11 @@ impl Image {
 
     /// Cut off, or with a hole at the end.
     pub fn with_len(mut self, len: u64) -> Self {
-        self.data.truncate(usize::try_from(len).unwrap_or(usize::MAX));
+        self.pages.retain(|&number, page| {
+            let there = len.saturating_sub((number * PAGE) as u64).min(PAGE as u64) as usize;
+            page[there..].fill(0);
+            there > 0
+        });
         self.len = len;
         self
     }
@@ -71,19 +84,43 @@ impl Image {
     /// A part of it, holes included.
     pub fn part(&self, at: usize, len: usize) -> Vec<u8> {
         let mut part = vec![0; len];
-        let there = self.data.get(at..).unwrap_or_default();
-        let there = &there[..there.len().min(len)];
-        part[..there.len()].copy_from_slice(there);
+        self.read(at, &mut part);
         part
     }
 
-    /// The bytes before the hole at the end.
-    pub fn data(&self) -> &[u8] {
-        &self.data
+    /// Reads a part of it into a buffer; behind the end it is zero.
+    pub fn read(&self, at: usize, part: &mut [u8]) {
+        part.fill(0);
+        let end = at.saturating_add(part.len());
+        for (&number, page) in self.pages.range(at / PAGE..=end / PAGE) {
+            let start = number * PAGE;
+            let (from, to) = (start.max(at), (start + PAGE).min(end));
+            if from < to {
+                part[from - at..to - at].copy_from_slice(&page[from - start..to - start]);
+            }
+        }
+    }
+
+    /// All of it.
+    pub fn bytes(&self) -> Vec<u8> {
+        self.part(0, self.len as usize)
+    }
+
+    /// What is not a hole: places and bytes.
+    pub fn pieces(&self) -> impl Iterator<Item = (u64, &[u8])> {
+        self.pages.iter().map(|(&number, page)| {
+            let at = (number * PAGE) as u64;
+            (at, &page[..(self.len - at).min(PAGE as u64) as usize])
+        })
+    }
+
+    /// Bytes that are not holes, in whole pages.
+    pub fn present(&self) -> u64 {
+        (self.pages.len() * PAGE) as u64
     }
 
     /// Length of the file, bytes.
-    pub fn len(&self) -> u64 {
+    pub fn size(&self) -> u64 {
         self.len
     }
 }
@@ -128,6 +165,10 @@ mod tests {
         assert_eq!([base64(b"f"), base64(b"fo"), base64(b"foobar")], ["Zg==", "Zm8=", "Zm9vYmFy"]);
         assert_eq!(utf16("aé", Order::Big), [0, 0x61, 0, 0xe9]);
         let image = Image::new().int(Order::Big, 2, 2, 0x0102).le32(8, 1).with_len(10);
-        assert_eq!((image.data(), image.len()), (&[0, 0, 1, 2, 0, 0, 0, 0, 1, 0][..], 10));
+        assert_eq!((image.bytes(), image.size()), (vec![0, 0, 1, 2, 0, 0, 0, 0, 1, 0], 10));
+        let long = Image::new().put(PAGE - 1, b"abc").put(9 * PAGE, b"d");
+        assert_eq!(long.part(PAGE - 2, 5), b"\0abc\0");
+        assert_eq!(long.pieces().count(), 3);
+        assert_eq!(long.with_len(PAGE as u64 + 1).bytes()[PAGE - 2..], *b"\0ab");
     }
 }

@@ -17,6 +17,7 @@ mod place;
 mod process;
 mod trial;
 
+pub use bytes::Image;
 pub use case::{Case, Content, Due};
 pub use images::suite;
 pub use names::Surroundings;

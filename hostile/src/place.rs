@@ -10,13 +10,12 @@ use std::path::{Path, PathBuf};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use tempfile::TempDir;
 
+use crate::bytes::PAGE;
 use crate::case::{Case, Content};
 use crate::names::Surroundings;
 
 /// What the canary file holds, over and over; nothing else does.
 const CANARY: &[u8] = b"canary-5e1fb2a7-must-never-be-seen\n";
-/// Pieces in which files are written; one of zeroes stays a hole.
-const PIECE: usize = 16 << 10;
 /// More than this is not read of a file to look for the canary.
 const LOOK: u64 = 32 << 20;
 
@@ -80,11 +79,9 @@ impl Place {
             match content {
                 Content::Bytes(image) => {
                     let file = File::create_new(&path)?;
-                    file.set_len(image.len())?;
-                    for (n, part) in
-                        image.data().chunks(PIECE).enumerate().filter(|(_, part)| part.iter().any(|byte| *byte != 0))
-                    {
-                        file.write_all_at(part, (n * PIECE) as u64)?;
+                    file.set_len(image.size())?;
+                    for (at, piece) in image.pieces() {
+                        file.write_all_at(piece, at)?;
                     }
                 }
                 Content::Link(to) => symlink(to, &path)?,
@@ -105,9 +102,13 @@ impl Place {
             let path = self.home().join(name);
             let Ok(stat) = fs::symlink_metadata(&path) else { return Ok(Some(format!("{name} is gone"))) };
             if let Content::Bytes(image) = content {
-                let mut data = vec![0; image.data().len()];
-                let same = stat.len() == image.len() && File::open(&path)?.read_exact_at(&mut data, 0).is_ok();
-                if !same || data != image.data() {
+                let file = File::open(&path)?;
+                let mut page = [0; PAGE];
+                let mut is_same = |(at, piece): (u64, &[u8])| {
+                    let there = &mut page[..piece.len()];
+                    file.read_exact_at(there, at).is_ok() && there == piece
+                };
+                if stat.len() != image.size() || !image.pieces().all(&mut is_same) {
                     return Ok(Some(format!("{name} has changed")));
                 }
             }

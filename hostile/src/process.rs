@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::signal::{Signal, killpg};
+use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 
 /// No honest run here takes nearly as long.
@@ -82,6 +83,8 @@ impl Program {
 /// # Errors
 /// The program can't be started.
 pub fn finish(mut command: Command) -> std::io::Result<Ended> {
+    // Processes whose parent is gone become children of this one, so that their end, and what they used, is seen.
+    nix::sys::prctl::set_child_subreaper(true)?;
     let before = cpu_of_children();
     let mut child = command.spawn()?;
     let readers = [reader(child.stdout.take()), reader(child.stderr.take())];
@@ -132,7 +135,9 @@ fn reader(pipe: Option<impl Read + Send + 'static>) -> Option<std::thread::JoinH
 /// Waits a moment for the end of all processes of a group.
 pub fn is_gone(group: Pid) -> bool {
     let start = Instant::now();
+    let members = Pid::from_raw(-group.as_raw());
     while start.elapsed() < Duration::from_secs(5) {
+        while matches!(waitpid(members, Some(WaitPidFlag::WNOHANG)), Ok(status) if status.pid().is_some()) {}
         if killpg(group, None).is_err() || !has_live_member(group) {
             return true;
         }

@@ -271,6 +271,12 @@ fn kvm_text(f: &mut fmt::Formatter<'_>, step: KvmStep, errno: i32) -> fmt::Resul
         (KvmStep::Open | KvmStep::CreateVm, libc::EBUSY) => {
             write!(f, "KVM is busy: another hypervisor uses the processor's virtualisation")
         }
+        (KvmStep::Run | KvmStep::Thread, libc::EAGAIN) => {
+            write!(
+                f,
+                "KVM: {step} failed: the sandbox's user may start no more threads (limit of processes, ulimit -u)"
+            )
+        }
         (KvmStep::Jail | KvmStep::File | KvmStep::Thread, _) => write!(f, "sandbox: {step} failed: {error}"),
         _ => write!(f, "KVM: {step} failed: {error}"),
     }
@@ -366,6 +372,7 @@ mod tests {
         assert!(text(KvmStep::Open, libc::ENOENT).contains("does not exist"));
         assert!(text(KvmStep::Open, libc::EACCES).contains("no permission"));
         assert!(text(KvmStep::CreateVm, libc::EBUSY).contains("busy"));
+        assert!(text(KvmStep::Run, libc::EAGAIN).contains("ulimit -u"));
         assert_eq!(
             text(KvmStep::CreateVm, libc::ENOMEM),
             "KVM: creating the virtual machine failed: Cannot allocate memory (os error 12)"

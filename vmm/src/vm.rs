@@ -24,6 +24,8 @@ use crate::watchdog::Progress;
 use crate::wire::{Cause, Failure, Reason};
 use crate::workers::Workers;
 
+/// How often the kernel may put off running a vCPU before the run fails.
+const MOST_REFUSALS: u32 = 100;
 /// Stack of a worker's thread: it needs little.
 const WORKER_STACK: usize = 256 << 10;
 
@@ -127,10 +129,17 @@ impl Machine {
     /// Runs vCPU `index` until the guest is done; returns the guest's exit code.
     pub fn run(&'static self, index: u32, mut vcpu: VcpuFd) -> Result<u32, Box<Failure>> {
         let mut server = Server::new(self.memory, transport_words(index));
+        let mut refusals = 0;
         loop {
             let exit = match vcpu.run() {
                 Ok(exit) => exit,
-                Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => continue,
+                Err(error) if error.errno() == libc::EINTR => continue,
+                // Mostly the kernel's helper thread that the limit of processes does not allow: it stays so.
+                Err(error) if error.errno() == libc::EAGAIN && refusals < MOST_REFUSALS => {
+                    refusals += 1;
+                    std::thread::yield_now();
+                    continue;
+                }
                 Err(error) => return Err(with_registers(&vcpu, index, kvm_failure(KvmStep::Run, error.errno()))),
             };
             if index == 0 && self.first_exit.load(Ordering::Relaxed) == 0 {

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use instar_hostile::{Case, Program, Report, Trial, kill, suite};
+use instar_hostile::{Case, Program, Report, Trial, faults, kill, suite};
 
 use crate::run::{Result, installed, number_option, release_binary};
 
@@ -30,6 +30,9 @@ pub fn security(args: &[String]) -> Result {
     if wanted("kills") {
         let times = number_option(args, "--kills")?.unwrap_or(100);
         findings += kills(&program, u32::try_from(times)?, option("--only").map(String::as_str))?;
+    }
+    if wanted("faults") {
+        findings += failing(&program)?;
     }
     match findings {
         0 => Ok(()),
@@ -77,5 +80,14 @@ fn kills(program: &Program, times: u32, only: Option<&str>) -> Result<usize> {
         "{} writing commands, ended {} times ({} before their end, {} with a part of the output there)",
         report.commands, report.runs, report.met, report.parts
     );
+    Ok(report.findings.len())
+}
+
+fn failing(program: &Program) -> Result<usize> {
+    let report = faults::run(program, 100)?;
+    for finding in &report.findings {
+        println!("{finding}");
+    }
+    println!("{} runs without what they need ({} failed)", report.runs, report.failures);
     Ok(report.findings.len())
 }

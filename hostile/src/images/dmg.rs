@@ -24,7 +24,7 @@ fn blocks(chunks: &[Chunk], count: u32) -> Vec<u8> {
             .be64(at + 24, *place)
             .be64(at + 32, *len);
     }
-    table.data().to_vec()
+    table.bytes()
 }
 
 fn plist(data: &str) -> String {

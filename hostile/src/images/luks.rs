@@ -32,7 +32,7 @@ fn second(json: &[u8], size: u64) -> Image {
         Image::new().put(0, b"LUKS\xba\xbe\0\x02").be64(8, size).be64(16, 3).put(72, b"sha256").put(104, &[6; 64]);
     let head = head.put(168, b"00000000-0000-0000-0000-000000000000").put(4096, json).with_len(16_384);
     let head = head.put(16_383, &[0]);
-    let sum = Sha256::digest(head.data());
+    let sum = Sha256::digest(head.bytes());
     head.put(448, &sum).with_len(16 << 20)
 }
 

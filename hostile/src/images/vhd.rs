@@ -61,7 +61,7 @@ fn differencing(code: &[u8; 4], path: &[u8], name: &str) -> Image {
     let body = body.put(at, code).be32(at + 4, 2048).be32(at + 8, path.len() as u32).be64(at + 16, place as u64);
     let body = summed_body(body).put(place, path).with_len(place as u64 + 2048);
     let tail = summed(footer(4), 0, 512, 64);
-    body.put(0, tail.data()).put(place + 2048, tail.data())
+    body.put(0, &tail.bytes()).put(place + 2048, &tail.bytes())
 }
 
 /// Adds the cases.
@@ -129,7 +129,7 @@ pub fn add(cases: &mut Vec<Case>, around: &Surroundings) {
     group.add("sum/footer", base().be32(64, 7).be32(END + 64, 7), Anything);
     group.add("sum/dynamic-header", both_ends(footer(3), summed_body(body()).be32(DYNAMIC + 36, 7)), Anything);
     group.add("cookie/dynamic-header", both_ends(footer(3), summed_body(body().put(DYNAMIC, b"cxspars\0"))), Refusal);
-    group.add("cookie/first-footer-only", summed_body(body()).put(0, summed(footer(3), 0, 512, 64).data()), Anything);
+    group.add("cookie/first-footer-only", summed_body(body()).put(0, &summed(footer(3), 0, 512, 64).bytes()), Anything);
     for (name, entry, due) in [
         ("far", 0xffff_fffe, Anything),
         ("footer", 0, Anything),
@@ -146,7 +146,7 @@ pub fn add(cases: &mut Vec<Case>, around: &Surroundings) {
     group.add("both/two-tebibytes", huge, Anything);
     let fixed = |image: Image, len: u64| {
         let tail = summed(image, 0, 512, 64);
-        Image::new().put(0, &[0x42; 4096]).put(len as usize, tail.data())
+        Image::new().put(0, &[0x42; 4096]).put(len as usize, &tail.bytes())
     };
     group.add("fixed/longer-than-the-file", fixed(footer(2).be64(16, u64::MAX).be64(48, 1 << 40), 1 << 20), Anything);
     group.add("fixed/shorter-than-the-file", fixed(footer(2).be64(16, u64::MAX).be64(48, 512), 1 << 20), Anything);

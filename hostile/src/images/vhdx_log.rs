@@ -22,14 +22,14 @@ struct Entry {
 fn data(offset: u64, sequence: u64) -> [u8; 32] {
     let image = Image::new().put(0, b"desc").le64(16, offset).le64(24, sequence);
     let mut out = [0; 32];
-    out.copy_from_slice(image.data());
+    out.copy_from_slice(&image.bytes());
     out
 }
 
 fn zero(len: u64, offset: u64, sequence: u64) -> [u8; 32] {
     let image = Image::new().put(0, b"zero").le64(8, len).le64(16, offset).le64(24, sequence);
     let mut out = [0; 32];
-    out.copy_from_slice(image.data());
+    out.copy_from_slice(&image.bytes());
     out
 }
 
@@ -53,8 +53,8 @@ fn put(image: Image, at: usize, entry: &Entry) -> Image {
     }
     let one = one.with_len(len as u64).put(len - 1, &[0]);
     let one = if len > SECTOR { one.le32(len - 4, entry.sequence as u32) } else { one };
-    let sum = crc32c(one.data());
-    image.put(start, one.le32(4, sum).data())
+    let sum = crc32c(&one.bytes());
+    image.put(start, &one.le32(4, sum).bytes())
 }
 
 /// An image whose header says that there is a log.

@@ -281,7 +281,7 @@ fn streams(group: &mut Group<'_>) {
     // With a footer: the directory's place stands there.
     let footer = |marker: u64, kind: u32, change: &dyn Fn(Image) -> Image| {
         let image = padded(stream(len, &whole)).le64(56, u64::MAX);
-        let at = image.len() as usize;
+        let at = image.size() as usize;
         let copy = image.part(0, SECTOR);
         let image =
             image.le64(at, marker).le32(at + 8, 0).le32(at + 12, kind).put(at + 512, &copy).le64(at + 512 + 56, 21);
