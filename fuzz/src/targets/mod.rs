@@ -10,11 +10,12 @@ pub mod partition;
 pub mod qcow2_edit;
 pub mod qcow2_read;
 pub mod qcow2_write;
+pub mod vhd;
 pub mod vhdx;
 pub mod vmdk;
 
 /// All targets.
-pub const ALL: [Target; 16] = [
+pub const ALL: [Target; 17] = [
     Target { name: "codec", run: codec::run, seeds: codec::seeds },
     Target { name: "detect", run: detect::run, seeds: detect::seeds },
     Target { name: "message", run: message::run, seeds: message::seeds },
@@ -29,6 +30,7 @@ pub const ALL: [Target; 16] = [
     Target { name: "qcow", run: legacy::qcow, seeds: legacy::qcow_seeds },
     Target { name: "qed", run: legacy::qed, seeds: legacy::qed_seeds },
     Target { name: "vdi", run: legacy::vdi, seeds: legacy::vdi_seeds },
+    Target { name: "vhd", run: vhd::run, seeds: vhd::seeds },
     Target { name: "vhdx", run: vhdx::run, seeds: vhdx::seeds },
     Target { name: "vmdk", run: vmdk::run, seeds: vmdk::seeds },
 ];

@@ -14,7 +14,9 @@ const EXTENTS: usize = 100;
 /// The bytes are an image file.
 pub fn run(data: &[u8]) {
     for strict in [false, true] {
-        let Ok(mut image) = Image::open(MemBlock::from(data.to_vec()), FileId(1), &OpenOptions { strict }) else { break };
+        let Ok(mut image) = Image::open(MemBlock::from(data.to_vec()), FileId(1), &OpenOptions { strict }) else {
+            break;
+        };
         for id in 0..FILES {
             let Some((number, _)) = image.wanted() else { break };
             if image.attach(number, MemBlock::from(data.to_vec()), FileId(2 + id)).is_err() {
