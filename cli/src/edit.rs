@@ -71,8 +71,12 @@ impl Edit<'_> {
             Err(problem) => Err(unopened(spec, problem)),
         });
         let other = other.transpose()?;
-        let source = self.settings.source(device, self.image.format);
-        let operation = request(source, other.map(|(device, spec)| self.settings.source(device, spec.format)));
+        let readable = |device, spec| {
+            let key = self.settings.key(spec).map_err(|problem| unopened(spec, problem))?;
+            Ok::<Source, Problem>(Source { key, ..self.settings.source(device, spec.format) })
+        };
+        let operation =
+            request(readable(device, self.image)?, other.map(|(device, spec)| readable(device, spec)).transpose()?);
         let mut host = EditHost { files, access: read, attendant };
         let result = sandbox::run(&mut machine, &Request { operation: Some(operation) }, &mut host)?;
         let files = &host.files;

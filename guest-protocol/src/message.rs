@@ -759,6 +759,43 @@ pub struct AmendOptions {
     /// Encryption options were given.
     #[prost(bool, tag = "9")]
     pub encryption: bool,
+    /// What becomes of the key slots; absent: not said, or nobody could know.
+    #[prost(message, optional, tag = "10")]
+    pub keys: Option<KeyChange>,
+}
+
+/// A change of the key slots of a LUKS volume, or of an image that is encrypted like one.
+#[derive(Clone, PartialEq, prost::Message)]
+#[prost(skip_debug)]
+pub struct KeyChange {
+    /// Make a slot active; otherwise slots are erased.
+    #[prost(bool, tag = "1")]
+    pub activate: bool,
+    /// Passphrase of the new slot.
+    #[prost(bytes = "vec", tag = "2")]
+    pub new_passphrase: Vec<u8>,
+    /// Slots that this passphrase opens are erased.
+    #[prost(bytes = "vec", optional, tag = "3")]
+    pub old_passphrase: Option<Vec<u8>>,
+    /// The slot; absent: a free one, or whichever the old passphrase opens.
+    #[prost(uint32, optional, tag = "4")]
+    pub slot: Option<u32>,
+    /// PBKDF2 iterations of the new slot.
+    #[prost(uint32, tag = "5")]
+    pub iterations: u32,
+    /// 48 random bytes, of which salt, stripes and what is written over erased keys are made.
+    #[prost(bytes = "vec", tag = "6")]
+    pub seed: Vec<u8>,
+    /// Also what loses the contents of the volume.
+    #[prost(bool, tag = "7")]
+    pub force: bool,
+}
+
+impl fmt::Debug for KeyChange {
+    /// Says nothing of secrets.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("KeyChange(..)")
+    }
 }
 
 /// Give the disk of an image, whose device is writable, another size.
@@ -975,6 +1012,9 @@ pub struct Qcow2Options {
     /// The data file stays a valid raw image.
     #[prost(bool, tag = "8")]
     pub data_file_raw: bool,
+    /// Encrypted by the legacy method: passphrase.
+    #[prost(bytes = "vec", optional, tag = "9")]
+    pub aes_passphrase: Option<Vec<u8>>,
 }
 
 /// QED creation options; absent ones take qemu-img's default.
@@ -1553,6 +1593,24 @@ pub enum AmendRefusal {
     SizeUnaligned = 15,
     /// A size of 2^63 bytes or more.
     SizeNegative = 16,
+    /// The image is encrypted, but not as a LUKS volume.
+    OnlyLuks = 17,
+    /// There is no key slot `value2`.
+    NoSuchSlot = 18,
+    /// Key slot `value2` is active.
+    SlotActive = 19,
+    /// All key slots are active.
+    NoFreeSlot = 20,
+    /// The old passphrase does not open key slot `value2`.
+    SlotNotOpened = 21,
+    /// Key slot `value2` is not active.
+    SlotInactive = 22,
+    /// Key slot `value2` is the only active one.
+    LastSlot = 23,
+    /// The old passphrase opens no key slot.
+    NoSlotOpened = 24,
+    /// The old passphrase opens all active key slots.
+    AllSlotsOpened = 25,
 }
 
 /// Reasons of [`Cause::ResizeRefused`].

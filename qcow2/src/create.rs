@@ -1,12 +1,14 @@
 //! New images: the options, what they may not combine, and the layout of a fresh file.
 
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
 
-use instar_blockio::{self as blockio, BlockWrite, Codec, ErrorKind, FileId, ZeroMode};
+use instar_blockio::{self as blockio, BlockWrite, Codec, ErrorKind, FileId, SectorCipher, ZeroMode};
 
 use crate::addr::{Geometry, HostOffset};
 use crate::allocator::{Allocator, State};
+use crate::crypt::ContentsCipher;
 use crate::error::Error;
 use crate::extension::{Extensions, FeatureName};
 use crate::format::{
@@ -35,6 +37,18 @@ pub enum Preallocation {
     Full,
 }
 
+/// How a new image is encrypted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum NewEncryption {
+    /// Not at all.
+    #[default]
+    None,
+    /// By the legacy method.
+    Aes,
+    /// As a LUKS volume, whose header takes so many bytes.
+    Luks(u64),
+}
+
 /// Options of a new image. The default is that of `qemu-img create` for a disk of size 0.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CreateOptions {
@@ -60,6 +74,8 @@ pub struct CreateOptions {
     pub backing_format: Option<Vec<u8>>,
     /// What is allocated at once.
     pub preallocation: Preallocation,
+    /// How the contents are encrypted.
+    pub encryption: NewEncryption,
     /// Bytes of the disk; rounded up to a sector of 512.
     pub size: u64,
 }
@@ -78,6 +94,7 @@ impl Default for CreateOptions {
             backing_file: None,
             backing_format: None,
             preallocation: Preallocation::Off,
+            encryption: NewEncryption::None,
             size: 0,
         }
     }
@@ -235,7 +252,11 @@ impl CreateOptions {
             virtual_size: 0,
             backing_offset: 0,
             backing_len: 0,
-            encryption: EncryptionMethod::None,
+            encryption: match self.encryption {
+                NewEncryption::None => EncryptionMethod::None,
+                NewEncryption::Aes => EncryptionMethod::Aes,
+                NewEncryption::Luks(_) => EncryptionMethod::Luks,
+            },
             l1_entries: 0,
             l1_offset: HostOffset(0),
             refcount_table_offset: HostOffset(0),
@@ -282,6 +303,21 @@ pub fn create<D: BlockWrite>(
     data: Option<(D, FileId)>,
     options: &CreateOptions,
 ) -> Result<Writer<D>, Error> {
+    create_encrypted(file, id, data, options, None)
+}
+
+/// The same for an image that [is encrypted](CreateOptions::encryption), by this cipher. The caller
+/// [writes](Writer::write_crypto_header) the LUKS header itself.
+///
+/// # Errors
+/// As [`create`]; [`Error::EncryptedWrite`] without a cipher.
+pub fn create_encrypted<D: BlockWrite>(
+    file: D,
+    id: FileId,
+    data: Option<(D, FileId)>,
+    options: &CreateOptions,
+    cipher: Option<Arc<dyn SectorCipher>>,
+) -> Result<Writer<D>, Error> {
     let geometry = options.layout()?;
     if data.is_some() != options.data_file.is_some() {
         return Err(Error::DataFileMissing);
@@ -289,11 +325,21 @@ pub fn create<D: BlockWrite>(
     let mut main = Store::fresh(file, id);
     let data = data.map(|(file, id)| Store::fresh(file, id));
     let alloc = Allocator::fresh(geometry, &mut main)?;
-    let mut writer = Writer::new(main, data, options.header(geometry), options.extensions(), State::Fresh, alloc);
+    let header = options.header(geometry);
+    let cipher = match (header.encryption, cipher) {
+        (EncryptionMethod::None, _) => None,
+        (method, Some(cipher)) => Some(ContentsCipher::new(cipher, method)),
+        (_, None) => return Err(Error::EncryptedWrite),
+    };
+    let mut writer = Writer::new(main, data, header, options.extensions(), State::Fresh, alloc);
+    writer.cipher = cipher;
     let size = options.virtual_size().ok_or(OptionError::SizeTooLarge(options.size))?;
     writer.grow_l1(geometry.l1_entries(size))?;
     writer.header.virtual_size = size;
     writer.preallocate(options.effective_preallocation())?;
+    if let NewEncryption::Luks(len) = options.encryption {
+        writer.place_crypto_header(len)?;
+    }
     writer.backing_name = options.backing_file.clone().unwrap_or_default();
     writer.first_cluster()?; // everything fits into it
     writer.alloc.rewind();

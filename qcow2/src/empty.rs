@@ -56,7 +56,7 @@ impl<D: BlockWrite> Writer<D> {
         let plain = header.version >= 3
             && header.snapshot_count == 0
             && self.extensions.bitmaps.is_none()
-            && header.encryption == EncryptionMethod::None
+            && header.encryption != EncryptionMethod::Luks
             && self.data.is_none();
         let (geometry, count) = (header.geometry, self.l1_clusters() + 2);
         let limit = geometry.refcounts_per_block();

@@ -24,8 +24,8 @@
 //! snapshots, persistent dirty bitmaps, feature name tables.
 //!
 //! # Not supported
-//! Encrypted images are described ([`Image::encryption`]) but not decrypted: reading one is an error. No other file
-//! is ever opened here; names of backing and data files are handed to the caller.
+//! Keys: encrypted images are read and written by a cipher that the caller hands in ([`Image::set_cipher`],
+//! [`Writer::open_encrypted`], [`create_encrypted`]); without it their contents are an error. No other file is ever opened here; names of backing and data files are handed to the caller.
 //!
 //! # Hostile images
 //! No byte of an image makes this crate panic, and none sizes an allocation that is not bounded first: metadata is
@@ -83,6 +83,7 @@ mod bitmap_store;
 mod cache;
 mod check;
 mod create;
+mod crypt;
 mod empty;
 mod error;
 mod extension;
@@ -111,7 +112,8 @@ pub use amend::{AmendError, AmendOptions};
 pub use bitmap::{BitmapFlags, BitmapInfo, BitmapRun, BitmapRunKind};
 pub use bitmap_edit::{BitmapError, Bitmaps};
 pub use check::Finding;
-pub use create::{CreateOptions, OptionError, Preallocation, create};
+pub use create::{CreateOptions, NewEncryption, OptionError, Preallocation, create, create_encrypted};
+pub use crypt::ContentsCipher;
 pub use error::{BitmapsFault, Corruption, DirectoryFault, EntryFault, Error, NameAt, Result, Table};
 pub use extension::{
     BitmapDirectory, CryptoHeader, Extensions, FeatureKind, FeatureName, FeatureNames, UnknownExtension,

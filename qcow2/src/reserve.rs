@@ -193,8 +193,8 @@ impl<D: BlockWrite> Writer<D> {
             L2Entry::Compressed { .. } if others => return Ok(()),
             L2Entry::Compressed { host, len } => {
                 let old = self.decompressed(guest, host.0, len)?;
-                self.clusters_file().write(place, &old[..from as usize])?;
-                return self.clusters_file().write(place + to, &old[to as usize..]);
+                self.write_contents(guest, place, &old[..from as usize])?;
+                return self.write_contents(guest + to, place + to, &old[to as usize..]);
             }
             L2Entry::Cluster { host, subclusters, .. } => (host.map(|host| host.0), subclusters),
         };
@@ -209,34 +209,36 @@ impl<D: BlockWrite> Writer<D> {
             for (start, end) in gaps.into_iter().filter(|(start, end)| start < end) {
                 match (subclusters.state(index), old) {
                     (SubclusterState::Allocated, Some(old)) if !kept && !others => {
-                        self.copy(old + start, place + start, end - start)?;
+                        self.copy(guest + start, old + start, place + start, end - start)?;
                     }
                     (SubclusterState::Allocated, _) => (),
                     // Another reservation of this subcluster has cleared it before.
                     _ if !touched || prepared => (),
                     // The place may hold what was there before the zeroes.
-                    (SubclusterState::Zero, _) if kept => self.clusters_file().fill(place + start, end - start)?,
-                    _ => self.clear(place, start, end)?,
+                    (SubclusterState::Zero, _) if kept => {
+                        self.fill_contents(guest + start, place + start, end - start)?
+                    }
+                    _ => self.clear(guest, place, start, end)?,
                 }
             }
         }
         Ok(())
     }
 
-    fn copy(&mut self, from: u64, to: u64, len: u64) -> Result<()> {
+    fn copy(&mut self, guest: u64, from: u64, to: u64, len: u64) -> Result<()> {
         let mut bytes = zeroed(len as usize)?;
-        self.clusters_file().read(from, &mut bytes)?;
-        self.clusters_file().write(to, &bytes)
+        self.read_contents(guest, from, &mut bytes)?;
+        self.write_contents(guest, to, &bytes)
     }
 
-    /// Makes the bytes `start..end` of the cluster at `place` zero.
-    fn clear(&mut self, place: u64, start: u64, end: u64) -> Result<()> {
+    /// Makes the bytes `start..end` of the cluster for `guest` at `place` zero.
+    fn clear(&mut self, guest: u64, place: u64, start: u64, end: u64) -> Result<()> {
         let pristine = self.alloc.is_pristine(Span { first: self.cluster_of(place), count: 1 });
-        if pristine && self.clusters_file().is_sparse() {
+        if pristine && self.cipher.is_none() && self.clusters_file().is_sparse() {
             self.clusters_file().extend(place + end);
             return Ok(());
         }
-        self.clusters_file().fill(place + start, end - start)
+        self.fill_contents(guest + start, place + start, end - start)
     }
 
     /// Enters clusters in the L2 tables and frees what they replace.

@@ -182,7 +182,8 @@ impl<D: BlockWrite> Writer<D> {
         let mut at = old;
         while at < end {
             let extent = self.extent_at(at, end - at)?;
-            if matches!(extent.kind, ExtentKind::Data { .. } | ExtentKind::Compressed(_)) {
+            if matches!(extent.kind, ExtentKind::Data { .. } | ExtentKind::Encrypted { .. } | ExtentKind::Compressed(_))
+            {
                 let mut bytes = zeroed(extent.len as usize)?;
                 self.read_at(at, &mut bytes)?;
                 if !is_zero(&bytes) {

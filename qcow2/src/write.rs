@@ -9,13 +9,14 @@
 //! order. In an image that existed before, each bar of the second line is a flush: a crash at any point leaves, at
 //! worst, clusters that nobody uses.
 
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::cell::RefCell;
 use core::ops::Range;
 
 use instar_blockio::{
     self as blockio, BlockAlloc, BlockMap, BlockRead, BlockWrite, Codec, CompressedRun, Error, ErrorKind, Extent,
-    ExtentKind, FileId, Limits, ZeroMode, check_range,
+    ExtentKind, FileId, Limits, SectorCipher, ZeroMode, check_range,
 };
 
 use instar_codec::Decoder;
@@ -24,6 +25,7 @@ use crate::addr::{GuestOffset, HostOffset};
 use crate::allocator::{Allocator, Span, State};
 use crate::bitmap_store::NewBitmaps;
 use crate::cache::TableCache;
+use crate::crypt::ContentsCipher;
 use crate::error::{Corruption, Error as ImageError};
 use crate::extension::Extensions;
 use crate::format::{HEADER_LEN, MAX_L1_BYTES, RawHeader};
@@ -61,6 +63,7 @@ pub struct Writer<D> {
     pub(crate) alloc: Allocator,
     pub(crate) reserved: Reserved,
     pub(crate) new_bitmaps: NewBitmaps,
+    pub(crate) cipher: Option<ContentsCipher>,
     pub(crate) l1: Vec<u64>,
     l1_dirty: Option<Range<usize>>,
     pub(crate) l2: TableCache,
@@ -86,6 +89,20 @@ impl<D: BlockWrite> Writer<D> {
     /// A header that can't be read; an image that is marked corrupt or not cleanly closed, or that is encrypted; a
     /// missing data file; tables that lie outside the file.
     pub fn open(file: D, id: FileId, data: Option<(D, FileId)>) -> Result<Self, ImageError> {
+        Self::open_encrypted(file, id, data, None)
+    }
+
+    /// The same for an image that may be encrypted, with the cipher of its contents as [`Image::set_cipher`](crate::Image::set_cipher)
+    /// takes it.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open); [`ImageError::EncryptedWrite`] for an encrypted image without its cipher.
+    pub fn open_encrypted(
+        file: D,
+        id: FileId,
+        data: Option<(D, FileId)>,
+        cipher: Option<Arc<dyn SectorCipher>>,
+    ) -> Result<Self, ImageError> {
         let main = Store::existing(file, id);
         let mut head = zeroed(HEADER_LEN)?;
         main.read(0, &mut head)?;
@@ -97,9 +114,11 @@ impl<D: BlockWrite> Writer<D> {
                 return Err(refusal);
             }
         }
-        if header.encryption != EncryptionMethod::None {
-            return Err(ImageError::EncryptedWrite);
-        }
+        let cipher = match (header.encryption, cipher) {
+            (EncryptionMethod::None, _) => None,
+            (method, Some(cipher)) => Some(ContentsCipher::new(cipher, method)),
+            (_, None) => return Err(ImageError::EncryptedWrite),
+        };
         let mut cluster = zeroed(header.geometry.cluster_size() as usize)?;
         main.read(0, &mut cluster)?;
         let backing_name = header.backing_name()?.and_then(|range| cluster.get(range)).unwrap_or_default().to_vec();
@@ -117,7 +136,7 @@ impl<D: BlockWrite> Writer<D> {
             header.refcount_table_clusters,
         )?;
         let l1 = read_l1(&main, &header)?;
-        Ok(Self { backing_name, l1, ..Self::new(main, data, header, extensions, State::Live, alloc) })
+        Ok(Self { backing_name, l1, cipher, ..Self::new(main, data, header, extensions, State::Live, alloc) })
     }
 
     /// A writer with an empty L1 table.
@@ -141,6 +160,7 @@ impl<D: BlockWrite> Writer<D> {
             alloc,
             reserved: Reserved::default(),
             new_bitmaps: NewBitmaps::default(),
+            cipher: None,
             l1: Vec::new(),
             l1_dirty: None,
             side: RefCell::new(None),
@@ -568,7 +588,7 @@ impl<D: BlockWrite> Writer<D> {
                 let end = index + subclusters.run(index, geometry.subclusters());
                 let place = host.map(|host| host.0 + (offset - start));
                 let kind = match (subclusters.state(index), place) {
-                    (SubclusterState::Allocated, Some(host)) => ExtentKind::Data { file, host },
+                    (SubclusterState::Allocated, Some(host)) => self.data_kind(file, offset, host),
                     (SubclusterState::Zero, place) => ExtentKind::Zero { host: place.map(|host| (file, host)) },
                     (SubclusterState::Unallocated, _) | (SubclusterState::Allocated, None) => ExtentKind::Unallocated,
                 };
@@ -603,7 +623,9 @@ impl<D: BlockWrite> BlockRead for Writer<D> {
             let extent = self.extent_at(offset + done as u64, (buf.len() - done) as u64)?;
             let part = &mut buf[done..done + extent.len as usize];
             match extent.kind {
-                ExtentKind::Data { host, .. } => self.data.as_ref().unwrap_or(&self.main).read(host, part)?,
+                ExtentKind::Data { host, .. } | ExtentKind::Encrypted { host, .. } => {
+                    self.read_contents(extent.offset, host, part)?;
+                }
                 ExtentKind::Compressed(run) => {
                     let cluster = self.decompressed(run.unit_offset, run.host, run.stored_len.into())?;
                     let skip = (extent.offset - run.unit_offset) as usize;
@@ -650,11 +672,14 @@ impl<D: BlockWrite> BlockMap for Writer<D> {
 impl<D: BlockWrite> BlockWrite for Writer<D> {
     fn write_at(&mut self, offset: u64, buf: &[u8]) -> blockio::Result<()> {
         check_range(self.size(), offset, buf.len() as u64)?;
+        if let Some((start, whole)) = self.around(offset, buf)? {
+            return self.write_at(start, &whole);
+        }
         let mut done = 0;
         while done < buf.len() {
             let place = self.reserve(offset + done as u64, (buf.len() - done) as u64)?;
             let part = &buf[done..done + place.len as usize];
-            if let Err(error) = self.clusters_file().write(place.host, part) {
+            if let Err(error) = self.write_contents(place.offset, place.host, part) {
                 self.abort(place)?;
                 return Err(error);
             }

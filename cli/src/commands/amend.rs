@@ -1,14 +1,17 @@
 //! `amend`.
 
 use instar_guest_protocol::message::request::Operation;
-use instar_guest_protocol::message::{AmendOptions, AmendRequest, Format};
+use instar_guest_protocol::message::{AmendOptions, AmendRequest, Format, InfoRequest};
 
+use super::info::Run;
 use super::{CommandLine, Objects, Settings, is_cache_mode};
 use crate::args::{Key, Opt};
-use crate::creation;
+use crate::creation::{self, luks};
 use crate::edit::Edit;
+use crate::files::Access;
 use crate::formats::{self, Driver};
 use crate::image_opts::ImageSpec;
+use crate::lock::Purpose;
 use crate::messages;
 use crate::messages::edit::Amended;
 use crate::options::{self, Kind, OptionList, Options, Spec, spec};
@@ -46,6 +49,18 @@ const CHANGES: &[Spec] = &[
     spec("refcount_bits", Kind::Number, None, "Width of a reference count entry in bits"),
 ];
 
+/// What can be changed in a LUKS volume.
+const LUKS_CHANGES: &[Spec] = &[
+    spec("state", Kind::Text, None, "Select new state of affected keyslots (active/inactive)"),
+    spec("keyslot", Kind::Number, None, "Select a single keyslot to modify explicitly"),
+    spec("old-secret", Kind::Text, None, "Select all keyslots that match this password"),
+    spec("new-secret", Kind::Text, None, "New secret to set in the matching keyslots. Empty string to erase"),
+    spec("iter-time", Kind::Number, None, "Time to spend in PBKDF in milliseconds"),
+];
+
+/// How an image is looked at to learn what its options mean.
+const LOOK: Access = Access { purpose: Purpose::Describe, force_share: true };
+
 /// The command line.
 #[derive(Debug, Default)]
 struct Arguments {
@@ -56,6 +71,7 @@ struct Arguments {
     cache: Option<String>,
     options: OptionList,
     objects: Objects,
+    force: bool,
 }
 
 impl Arguments {
@@ -68,7 +84,7 @@ impl Arguments {
             Key::TargetCache => self.cache = Some(value),
             Key::Options => self.options.add(&value)?,
             Key::Object => self.objects.add(&value)?,
-            // `--force`: only for encryption keys.
+            Key::Force => self.force = true,
             _ => {}
         }
         Ok(())
@@ -115,10 +131,10 @@ fn amend(settings: &Settings, arguments: &Arguments, operands: &[String], show: 
     // What is wrong with the options is told once the image is known to be good.
     let changes = match wants_help {
         true => None,
-        false => Some(changes(&arguments.options)),
+        false => Some(Changes::of(settings, arguments, &image)),
     };
     let (wire, typed) = match &changes {
-        Some(Ok(options)) => (Some(wire(options)), typed(options)),
+        Some(Ok(changes)) => (Some(changes.wire.clone()), typed(&changes.options)),
         _ => (None, Amended::default()),
     };
     let edit = Edit { settings, image: &image, writable: true, force_share: false, other: None };
@@ -138,7 +154,7 @@ fn amend(settings: &Settings, arguments: &Arguments, operands: &[String], show: 
             Err(messages::edit::amend(typed, &failure).into())
         }
         (Ok(_), Some(Err(problem))) => Err(problem.clone().into()),
-        (Ok(reply), None) => print(&options::help_on_changes(formats::name(reply.format()), CHANGES)),
+        (Ok(reply), None) => print(&options::help_on_changes(formats::name(reply.format()), specs(reply.format()))),
         (Ok(_), Some(Ok(_))) => {
             if let Some(mut line) = line {
                 line.complete();
@@ -150,15 +166,59 @@ fn amend(settings: &Settings, arguments: &Arguments, operands: &[String], show: 
 
 fn help_on(name: &str) -> Outcome {
     match formats::driver(name) {
-        Some(Driver::Provided(Format::Qcow2)) => print(&options::help_on_changes(name, CHANGES)),
+        Some(Driver::Provided(format @ (Format::Qcow2 | Format::Luks))) => {
+            print(&options::help_on_changes(name, specs(format)))
+        }
         Some(_) => Err(format!("Format driver '{name}' does not support option amendment").into()),
         None => Err(format!("Unknown file format '{name}'").into()),
     }
 }
 
-fn changes(list: &OptionList) -> Result<Options, Problem> {
-    let format = creation::creatable("qcow2")?;
-    Options::parse_changes(format, CHANGES, list)
+fn specs(format: Format) -> &'static [Spec] {
+    if format == Format::Luks { LUKS_CHANGES } else { CHANGES }
+}
+
+/// What is to be changed.
+struct Changes {
+    options: Options,
+    wire: AmendOptions,
+}
+
+impl Changes {
+    /// What options about keys mean depends on the image, so that it is looked at first.
+    fn of(settings: &Settings, arguments: &Arguments, image: &ImageSpec) -> Result<Self, Problem> {
+        let list = &arguments.options;
+        // As qcow2 has it, this is about keys; or nothing is, and the image tells the rest.
+        if image.format != Format::Luks
+            && let Ok(options) = changes(Format::Qcow2, list)
+            && !options.any_with_prefix("encrypt.")
+        {
+            return Ok(Self { wire: wire(&options), options });
+        }
+        let run = Run::start(settings, image, InfoRequest::default(), LOOK).ok();
+        let found = run.as_ref().map(Run::image);
+        let format = match found.map_or(image.format, |found| found.format()) {
+            Format::Luks => Format::Luks,
+            _ => Format::Qcow2,
+        };
+        let options = changes(format, list)?;
+        let mut wire = wire(&options);
+        let volume = found.and_then(|found| match format {
+            Format::Luks => found.luks.as_ref(),
+            _ => found.qcow2.as_ref().and_then(|qcow2| qcow2.luks.as_ref()),
+        });
+        if let Some(volume) = volume {
+            let prefix = if format == Format::Luks { "" } else { "encrypt." };
+            let kind = (&volume.hash[..], volume.key_bytes as usize);
+            wire.keys = Some(luks::key_change(&options, prefix, &arguments.objects, kind, arguments.force)?);
+        }
+        Ok(Self { options, wire })
+    }
+}
+
+fn changes(format: Format, list: &OptionList) -> Result<Options, Problem> {
+    let creatable = creation::creatable(formats::name(format))?;
+    Options::parse_changes(creatable, specs(format), list)
 }
 
 fn wire(options: &Options) -> AmendOptions {
@@ -177,6 +237,7 @@ fn wire(options: &Options) -> AmendOptions {
         backing_format: bytes("backing_fmt"),
         size: options.number("size"),
         encryption: options.any_with_prefix("encrypt."),
+        keys: None,
     }
 }
 
@@ -194,7 +255,7 @@ mod tests {
     fn parse(text: &str) -> Result<AmendOptions, String> {
         let mut list = OptionList::default();
         list.add(text)?;
-        changes(&list).map(|options| wire(&options)).map_err(|problem| problem.to_string())
+        changes(Format::Qcow2, &list).map(|options| wire(&options)).map_err(|problem| problem.to_string())
     }
 
     #[test]

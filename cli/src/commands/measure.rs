@@ -152,7 +152,7 @@ struct Layout {
     version: u32,
     preallocated: bool,
     backing: bool,
-    /// Where the contents of a LUKS volume begin, bytes.
+    /// Where the contents of a LUKS volume begin, or bytes of the LUKS header of a qcow2 image.
     luks_payload: u64,
 }
 
@@ -173,7 +173,7 @@ impl Layout {
 
     fn of(target: Creatable, options: &Options, objects: &Objects) -> Result<Self, Fail> {
         if target.format == Format::Luks {
-            let payload = creation::luks::payload_offset(options, objects)?;
+            let payload = creation::luks::payload_offset(options, "", objects)?;
             return Ok(Self { luks_payload: payload, ..Self::raw() });
         }
         let unsupported = || format!("Block driver '{}' does not support size measurement", target.name());
@@ -198,7 +198,10 @@ impl Layout {
             version: qcow2.version.unwrap_or(3),
             preallocated,
             backing: options.text("backing_file").is_some(),
-            luks_payload: 0,
+            luks_payload: match options.text("encrypt.format") {
+                Some("luks") => creation::luks::payload_offset(options, "encrypt.", objects)?,
+                _ => 0,
+            },
         };
         layout.check()
     }
@@ -240,7 +243,12 @@ impl Layout {
             true => found.required.min(disk),
             false => 0,
         };
-        let metadata = self.metadata(disk).filter(|sizes| *sizes <= i64::MAX as u64).ok_or_else(too_large)?;
+        let header = self.luks_payload.next_multiple_of(self.cluster_size);
+        let metadata = self
+            .metadata(disk)
+            .and_then(|sizes| sizes.checked_add(header))
+            .filter(|sizes| *sizes <= i64::MAX as u64)
+            .ok_or_else(too_large)?;
         let bitmaps = (from_image && found.has_bitmaps && self.version >= 3).then(|| self.bitmaps(found));
         Ok(Measure { required: metadata + data, fully_allocated: metadata.saturating_add(disk), bitmaps })
     }

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::Read;
 use std::time::{Duration, Instant};
 
-use instar_guest_protocol::message::{Format, LuksOptions, Target};
+use instar_guest_protocol::message::{Format, KeyChange, LuksOptions, Target};
 use instar_luks::{Algorithm, CipherMode, CipherSpec, Error, Hash};
 
 use super::{CreatableFormat, Layout, is_negative, preallocation};
@@ -63,9 +63,68 @@ fn layout(options: &Options, objects: &Objects) -> Layout {
 pub fn of_options(options: &Options, prefix: &str, objects: &Objects) -> Result<LuksOptions, Problem> {
     let parts = parts(options, prefix, objects)?;
     let hash = Hash::named(&parts.hash).unwrap_or(Hash::Sha256);
-    let time = options.number(&format!("{prefix}iter-time")).unwrap_or(ITER_TIME);
+    let time = iteration_time(options, prefix);
     let (slot, digest) = iterations(hash, parts.key_bytes as usize, time)?;
-    Ok(LuksOptions { seed: random(48)?, slot_iterations: slot, digest_iterations: digest, ..parts })
+    Ok(LuksOptions { seed: random(SEED)?, slot_iterations: slot, digest_iterations: digest, ..parts })
+}
+
+/// Milliseconds that opening a new key slot is to take.
+fn iteration_time(options: &Options, prefix: &str) -> u64 {
+    options.number(&format!("{prefix}iter-time")).unwrap_or(ITER_TIME)
+}
+
+/// Random bytes of which all that is random in a volume is made.
+const SEED: usize = 48;
+/// Longest key of a volume, bytes.
+const MAX_KEY: usize = 64;
+
+/// The change of key slots that options with this prefix describe, for a volume with this hash and length of key.
+///
+/// # Errors
+/// Options that contradict each other, no such secret: the message of qemu-img.
+pub fn key_change(
+    options: &Options,
+    prefix: &str,
+    objects: &Objects,
+    (hash, key_bytes): (&[u8], usize),
+    force: bool,
+) -> Result<KeyChange, Problem> {
+    let get = |name: &str| options.text(&format!("{prefix}{name}"));
+    let problem = |text: &str| Err(Problem::new(text));
+    let secret = |id: &str| objects.passphrase(id).map(|mut secret| std::mem::take(&mut *secret));
+    let number = |name: &str| options.number(&format!("{prefix}{name}"));
+    // The number of a slot is one of 32 bits, whatever was typed.
+    let slot = number("keyslot").map(|slot| slot as u32);
+    let activate = match get("state") {
+        Some("active") => true,
+        Some("inactive") => false,
+        Some(word) => return Err(Problem::new(format!("Parameter 'state' does not accept value '{word}'"))),
+        None => return problem("Parameter 'state' is missing"),
+    };
+    let mut change = KeyChange { activate, slot, force, seed: random(SEED)?, ..KeyChange::default() };
+    if activate {
+        let Some(id) = get("new-secret") else { return problem("'new-secret' is required to activate a keyslot") };
+        if get("old-secret").is_some() {
+            return problem("'old-secret' must not be given when activating keyslots");
+        }
+        change.new_passphrase = secret(id)?;
+        let hash = Hash::named(hash).unwrap_or(Hash::Sha256);
+        change.iterations = slot_iterations(hash, key_bytes.min(MAX_KEY), iteration_time(options, prefix))?;
+        return Ok(change);
+    }
+    if get("new-secret").is_some() {
+        return problem("'new-secret' must not be given when erasing keyslots");
+    }
+    if number("iter-time").is_some() {
+        return problem("'iter-time' must not be given when erasing keyslots");
+    }
+    change.old_passphrase = get("old-secret").map(secret).transpose()?;
+    if change.slot.is_none() && change.old_passphrase.is_none() {
+        return problem(
+            "To erase keyslot(s), either explicit keyslot index or the password currently contained in them must be given",
+        );
+    }
+    Ok(change)
 }
 
 /// The volume without what is random or measured.
@@ -111,8 +170,8 @@ fn parts(options: &Options, prefix: &str, objects: &Objects) -> Result<LuksOptio
 ///
 /// # Errors
 /// As [`of_options`].
-pub fn payload_offset(options: &Options, objects: &Objects) -> Result<u64, Problem> {
-    let made = parts(options, "", objects)?;
+pub fn payload_offset(options: &Options, prefix: &str, objects: &Objects) -> Result<u64, Problem> {
+    let made = parts(options, prefix, objects)?;
     // A header of 4 KiB, and eight key slots of 4000 stripes in whole blocks of 4 KiB.
     Ok(4096 + 8 * (u64::from(made.key_bytes) * 4000).next_multiple_of(4096))
 }
@@ -165,19 +224,25 @@ fn check(cipher: &str, word: &str, mode: &str, text: &str, key_bytes: u32) -> Re
 /// Iterations of the key slot and of the digest, so that this machine takes `time` milliseconds for the slot and an eighth of it for
 /// the digest.
 fn iterations(hash: Hash, key_len: usize, time: u64) -> Result<(u32, u32), Problem> {
-    let too_many = |count: u64| Problem::new(format!("PBKDF iterations {count} larger than {}", u32::MAX));
-    let count = |len: usize| -> Result<u64, Problem> {
-        let product = u128::from(per_second(hash, len)) * u128::from(time) / 1000;
-        u64::try_from(product).map_err(|_| too_many(u64::MAX))
-    };
-    let narrow = |count: u64| u32::try_from(count).map_err(|_| too_many(count));
-    // At least what QEMU takes at least; nothing is measured where that is enough anyway.
+    Ok((measured(hash, key_len, time, 1)?, measured(hash, DIGEST_LEN, time, 8)?))
+}
+
+/// Iterations of a key slot.
+fn slot_iterations(hash: Hash, key_len: usize, time: u64) -> Result<u32, Problem> {
+    measured(hash, key_len, time, 1)
+}
+
+/// PBKDF2 iterations into `len` bytes for a part of `time` milliseconds. At least what QEMU takes at least; nothing is measured where
+/// that is enough anyway.
+fn measured(hash: Hash, len: usize, time: u64, divisor: u64) -> Result<u32, Problem> {
     if time == 0 {
-        return Ok((MIN_ITERATIONS as u32, MIN_ITERATIONS as u32));
+        return Ok(MIN_ITERATIONS as u32);
     }
-    let slot = narrow(count(key_len)?.max(MIN_ITERATIONS))?;
-    let digest = narrow((count(DIGEST_LEN)? / 8).max(MIN_ITERATIONS))?;
-    Ok((slot, digest))
+    let too_many = |count: u64| Problem::new(format!("PBKDF iterations {count} larger than {}", u32::MAX));
+    let product = u128::from(per_second(hash, len)) * u128::from(time) / 1000;
+    let count = u64::try_from(product).map_err(|_| too_many(u64::MAX))? / divisor;
+    let count = count.max(MIN_ITERATIONS);
+    u32::try_from(count).map_err(|_| too_many(count))
 }
 
 /// Bytes that nobody can guess: keys are made of them.

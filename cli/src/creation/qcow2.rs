@@ -1,8 +1,8 @@
 //! qcow2.
 
-use instar_guest_protocol::message::{Format, Preallocation, Qcow2Options, Target};
+use instar_guest_protocol::message::{Format, LuksOptions, Preallocation, Qcow2Options, Target};
 
-use super::{CreatableFormat, Layout, is_negative, preallocation};
+use super::{CreatableFormat, Layout, is_negative, luks, preallocation};
 use crate::commands::Objects;
 use crate::formats;
 use crate::options::{Kind, Options, Spec, spec};
@@ -78,9 +78,10 @@ fn layout(options: &Options, objects: &Objects) -> Layout {
             false
         }
     };
-    if let Some(text) = encryption_problem(options, objects) {
-        complain(text);
-    }
+    let encryption = Encryption::of_options(options, objects).unwrap_or_else(|problem| {
+        complain(problem.to_string());
+        Encryption::None
+    });
     if options.number("size").is_some_and(is_negative) {
         complain("Could not resize image: Image size cannot be negative".to_owned());
     }
@@ -92,6 +93,11 @@ fn layout(options: &Options, objects: &Objects) -> Layout {
         complain(format!("Could not assign backing file '{name}' with format '{format}': Invalid argument"));
     }
     let data_file = options.text("data_file").map(str::to_owned);
+    let (aes_passphrase, luks) = match encryption {
+        Encryption::None => (None, None),
+        Encryption::Aes(passphrase) => (Some(passphrase), None),
+        Encryption::Luks(luks) => (None, Some(*luks)),
+    };
     let qcow2 = Qcow2Options {
         version,
         cluster_size: options.number("cluster_size"),
@@ -101,27 +107,45 @@ fn layout(options: &Options, objects: &Objects) -> Layout {
         zstd,
         data_file: data_file.clone().map(String::into_bytes),
         data_file_raw: options.switch("data_file_raw").unwrap_or(false),
+        aes_passphrase,
     };
     let wire = Target {
         format: Format::Qcow2.into(),
         qcow2: Some(qcow2),
+        luks,
         preallocation: mode.unwrap_or(Preallocation::Off).into(),
         ..Target::default()
     };
     Layout { wire, early: None, late, data_file, extent_files: None }
 }
 
-fn encryption_problem(options: &Options, objects: &Objects) -> Option<String> {
-    match options.text("encrypt.format") {
-        None if options.switch("encryption") != Some(true) => {
-            return options.any_with_prefix("encrypt.").then(|| "Encryption options need encrypt.format".to_owned());
+/// How the image is encrypted.
+enum Encryption {
+    None,
+    Aes(Vec<u8>),
+    Luks(Box<LuksOptions>),
+}
+
+impl Encryption {
+    fn of_options(options: &Options, objects: &Objects) -> Result<Self, Problem> {
+        let alias = options.switch("encryption");
+        match options.text("encrypt.format") {
+            Some(_) if alias.is_some() => {
+                Err(Problem::new("'encrypt.format' and its alias 'encryption' can't be used at the same time"))
+            }
+            Some("luks") => Ok(Self::Luks(Box::new(luks::of_options(options, "encrypt.", objects)?))),
+            Some("aes") => Self::aes(options, objects),
+            None if alias == Some(true) => Self::aes(options, objects),
+            Some(word) => Err(Problem::new(format!("Parameter 'format' does not accept value '{word}'"))),
+            None if options.any_with_prefix("encrypt.") => Err(Problem::new("Parameter 'encrypt.format' is missing")),
+            None => Ok(Self::None),
         }
-        None | Some("aes" | "luks") => {}
-        Some(word) => return Some(format!("Parameter 'format' does not accept value '{word}'")),
     }
-    Some(match options.text("encrypt.key-secret") {
-        None => "Parameter 'encrypt.key-secret' is required for cipher".to_owned(),
-        Some(id) if !objects.has_secret(id) => format!("No secret with id '{id}'"),
-        Some(_) => "Encrypted images can't be created by this version".to_owned(),
-    })
+
+    fn aes(options: &Options, objects: &Objects) -> Result<Self, Problem> {
+        let id = options.text("encrypt.key-secret");
+        let id = id.ok_or_else(|| Problem::new("Parameter 'encrypt.key-secret' is required for cipher"))?;
+        let mut passphrase = objects.passphrase(id)?;
+        Ok(Self::Aes(std::mem::take(&mut *passphrase)))
+    }
 }

@@ -116,6 +116,7 @@ pub fn no_amendment(format: Format) -> String {
 }
 
 fn amend_refusal(typed: Amended<'_>, failure: &Failure) -> Problem {
+    let slot = |before: &str, after: &str| Problem::new(format!("{before}{}{after}", failure.value2));
     let text = match AmendRefusal::try_from(failure.value as i32).unwrap_or(AmendRefusal::Unspecified) {
         AmendRefusal::Version => return Problem::new(format!("Unknown compatibility level {}", typed.compat)),
         AmendRefusal::RefcountBits => "Refcount width must be a power of two and may not exceed 64 bits",
@@ -151,6 +152,29 @@ fn amend_refusal(typed: Amended<'_>, failure: &Failure) -> Problem {
             ));
         }
         AmendRefusal::NoEncryption => "Can't amend encryption options - encryption not present",
+        AmendRefusal::OnlyLuks => "Only LUKS encryption options can be amended",
+        AmendRefusal::NoSuchSlot => {
+            return slot("Invalid keyslot ", " specified, must be between 0 and 7");
+        }
+        AmendRefusal::SlotActive => {
+            return slot("Refusing to overwrite active keyslot ", " - please erase it first");
+        }
+        AmendRefusal::NoFreeSlot => "Can't add a keyslot - all keyslots are in use",
+        AmendRefusal::SlotNotOpened => {
+            return slot("Given keyslot ", " doesn't contain the given old password for erase operation");
+        }
+        // With the blank that qemu-img's message ends with.
+        AmendRefusal::SlotInactive => return slot("Given keyslot ", " is already erased (inactive) "),
+        AmendRefusal::LastSlot => {
+            return slot(
+                "Attempt to erase the only active keyslot ",
+                " which will erase all the data in the image irreversibly - refusing operation",
+            );
+        }
+        AmendRefusal::NoSlotOpened => "No keyslots match given (old) password for erase operation",
+        AmendRefusal::AllSlotsOpened => {
+            "All the active keyslots match the (old) password that was given and erasing them will erase all the data in the image irreversibly - refusing operation"
+        }
         AmendRefusal::SizeUnaligned => "The new size must be a multiple of 512",
         AmendRefusal::SizeNegative => "Image size cannot be negative",
         AmendRefusal::Unspecified => return Problem::new(general(failure)),

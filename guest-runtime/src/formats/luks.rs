@@ -13,7 +13,7 @@ use instar_guest_protocol::message::{
 };
 use instar_luks::{self as luks, CipherMode, CipherSpec, CreateOptions, Fresh, Hash, Limits, Payload, Random, Volume};
 
-use super::target::{TargetDisk, TargetFile, open_target_file};
+use super::target::{TargetDisk, TargetFile, granted_target_file, open_target_file};
 use super::{FlatImage, OpenImage, TargetImage};
 use crate::ops::failure::{about, block, failure};
 use crate::platform::{File, Platform};
@@ -69,6 +69,10 @@ impl<P: Platform> OpenImage<P> for Luks<P> {
             Some(_) => Ok(()),
             None => Err(Failure { format: Format::Luks.into(), ..about(Step::Open, self.id, Cause::Encrypted) }),
         }
+    }
+
+    fn payload_offset(&self) -> Option<u64> {
+        matches!(self.volume, Volume::V1(_)).then_some(self.payload.offset)
     }
 
     fn describe(&self, _: &P, info: &mut ImageInfo) -> Result<(), Failure> {
@@ -132,11 +136,14 @@ pub(super) fn unlock<D: BlockRead>(
     at: u64,
     key: &Key,
 ) -> Result<Arc<dyn SectorCipher>, Failure> {
+    volume.unlock(file, at, &key.passphrase, &limits(key)).map_err(|error| luks_failure(Step::Open, id, &[], error))
+}
+
+/// What deriving the key may cost.
+pub(super) fn limits(key: &Key) -> Limits {
     let usual = Limits::default();
     let limit = |value: u64, usual: u64| if value == 0 { usual } else { value };
-    let limits =
-        Limits { iterations: limit(key.max_iterations, usual.iterations), memory: limit(key.max_memory, usual.memory) };
-    volume.unlock(file, at, &key.passphrase, &limits).map_err(|error| luks_failure(Step::Open, id, &[], error))
+    Limits { iterations: limit(key.max_iterations, usual.iterations), memory: limit(key.max_memory, usual.memory) }
 }
 
 /// What `info` tells of a volume.
@@ -209,7 +216,7 @@ fn fault(step: Step, id: FileId, fault: LuksFault, value2: u64, text: &[u8]) -> 
 }
 
 /// A failure of a volume for the host.
-pub(super) fn luks_failure(step: Step, id: FileId, text: &[u8], error: luks::Error) -> Failure {
+pub(crate) fn luks_failure(step: Step, id: FileId, text: &[u8], error: luks::Error) -> Failure {
     use luks::Error as E;
     use luks::TextField as T;
     let of = |cause, value| Failure { value, format: Format::Luks.into(), ..about(step, id, cause) };
@@ -322,6 +329,24 @@ pub(super) fn open_target<P: Platform>(platform: &P, target: &Target, size: u64)
     }
     let left = opened.file.size().saturating_sub(payload.offset);
     Ok(flat(&opened, payload.offset, left - left % SECTOR, cipher, None))
+}
+
+/// Opens the volume on a granted device to write into it. Who opened it for reading has unlocked it.
+pub(super) fn open_in_place<P: Platform>(platform: &P, device: u32) -> Result<TargetImage<P>, Failure> {
+    let opened = granted_target_file(platform, device)?;
+    let id = opened.id;
+    let failed = |error| luks_failure(Step::Open, id, &[], error);
+    let volume = Volume::read(&opened.file, 0, false).map_err(|error| volume_failure(&opened.file, id, 0, error))?;
+    // Version 2 is only read.
+    if matches!(volume, Volume::V2(_)) {
+        return Err(failed(luks::Error::Unsupported));
+    }
+    let base = volume.payload().map_err(failed)?.offset;
+    let locked = |_| Failure { format: Format::Luks.into(), ..about(Step::Open, id, Cause::Encrypted) };
+    let state = platform.files().get(id).ok_or_else(|| about(Step::Open, id, Cause::BadRequest))?;
+    let cipher = state.cipher().map_err(locked)?;
+    let left = opened.file.size().saturating_sub(base);
+    Ok(flat(&opened, base, left - left % SECTOR, cipher, None))
 }
 
 fn flat<P: Platform>(

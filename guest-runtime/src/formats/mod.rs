@@ -9,6 +9,7 @@ mod dmg;
 mod holes;
 mod legacy;
 mod luks;
+mod luks_keys;
 mod parallels;
 mod qcow;
 mod qcow2;
@@ -36,6 +37,7 @@ use crate::detect::{Detection, HEAD_LEN, TAIL_LEN, detect};
 use crate::ops::failure::{about, block, failure};
 use crate::platform::{File, Platform};
 
+pub(crate) use self::luks_keys::change_keys;
 pub(crate) use self::qcow2::open_data_file;
 pub use self::qcow2::{bitmap_info, qcow2_failure, snapshot_info};
 pub(crate) use self::qcow2::{finding_info, repair_if_dirty};
@@ -86,6 +88,11 @@ pub trait OpenImage<P: Platform>: Send {
     /// The files that it refers to, in the order in which they would be opened.
     fn references(&self) -> Vec<Reference> {
         Vec::new()
+    }
+
+    /// Where the disk begins in the file, bytes, for a disk in one piece; `None` if its length is recorded.
+    fn payload_offset(&self) -> Option<u64> {
+        Some(0)
     }
 
     /// Fills in what `info` tells, [`ImageInfo::safety`] excepted.
@@ -173,6 +180,11 @@ pub trait MappedImage<P: Platform>: Send {
 
     /// How units of it are compressed; `None` if it stores nothing compressed.
     fn compression(&self) -> Option<Compression> {
+        None
+    }
+
+    /// What encrypts the contents: who writes into a reservation does that.
+    fn contents_cipher(&self) -> Option<&instar_qcow2::ContentsCipher> {
         None
     }
 
@@ -357,7 +369,7 @@ pub fn open_target<P: Platform>(
     match target.format() {
         Format::Raw => raw::open_target(platform, size),
         Format::Luks => luks::open_target(platform, target, size),
-        Format::Qcow2 => qcow2::open_target(platform, size, durable),
+        Format::Qcow2 => qcow2::open_target(platform, target, size, durable),
         Format::Qcow => qcow::open_target(platform, size, durable),
         Format::Qed => qed::open_target(platform, size, durable),
         Format::Vdi => vdi::open_target(platform, size, durable),
@@ -382,6 +394,7 @@ pub fn open_in_place<P: Platform>(
     match format {
         Format::Raw | Format::File => raw::open_in_place(platform, device),
         Format::Qcow2 => qcow2::open_in_place(platform, device, durable),
+        Format::Luks => luks::open_in_place(platform, device),
         format => {
             let id = FileId(device);
             Err(Failure { format: format.into(), ..about(Step::Open, id, Cause::FormatNotSupported) })

@@ -52,15 +52,10 @@ impl<P: Platform> OpenImage<P> for Qcow2<P> {
     }
 
     fn unlock(&mut self, platform: &P, key: &Key) -> Result<(), Failure> {
-        let file = platform.file(self.id.0).ok_or_else(|| about(Step::Open, self.id, Cause::BadRequest))?;
-        let cipher = match self.image.encryption() {
-            qcow2::Encryption::None => return Ok(()),
-            qcow2::Encryption::Aes => legacy_cipher(self.id, key)?,
-            qcow2::Encryption::Luks { offset, .. } => {
-                let volume = luks_volume(platform, self.id, offset.0)?;
-                super::luks::unlock(&volume, &file, self.id, offset.0, key)?
-            }
-        };
+        if self.image.encryption() == qcow2::Encryption::None {
+            return Ok(());
+        }
+        let cipher = cipher(platform, self.id, &self.image, key)?;
         self.keep_cipher(platform, self.id, &cipher);
         self.image.set_cipher(cipher);
         Ok(())
@@ -163,6 +158,27 @@ fn read_name<F: BlockRead>(file: &F, place: qcow2::NameAt) -> Vec<u8> {
     }
 }
 
+/// The cipher of an encrypted image.
+fn cipher<P: Platform>(
+    platform: &P,
+    id: FileId,
+    image: &qcow2::Image<File<P>>,
+    key: &Key,
+) -> Result<Arc<dyn SectorCipher>, Failure> {
+    match image.encryption() {
+        qcow2::Encryption::Luks { offset, .. } => {
+            let file = platform.file(id.0).ok_or_else(|| about(Step::Open, id, Cause::BadRequest))?;
+            let volume = luks_volume(platform, id, offset.0)?;
+            super::luks::unlock(&volume, &file, id, offset.0, key)
+        }
+        _ => legacy_cipher(id, key),
+    }
+}
+
+fn failure_at(step: Step, failure: Failure) -> Failure {
+    Failure { step: step.into(), ..failure }
+}
+
 /// The LUKS header inside an image. Its places are counted from its start.
 fn luks_volume<P: Platform>(platform: &P, id: FileId, offset: u64) -> Result<luks::Volume, Failure> {
     let file = platform.file(id.0).ok_or_else(|| about(Step::Open, id, Cause::BadRequest))?;
@@ -235,9 +251,10 @@ pub(super) fn create<P: Platform>(
     size: u64,
     durable: bool,
 ) -> Result<TargetImage<P>, Failure> {
-    let options = create_options(target, size);
     let main = open_target_file(platform, FileRole::Target, size)?;
     let id = main.id;
+    let secret = NewSecret::of(id, target)?;
+    let options = CreateOptions { encryption: secret.encryption(), ..create_options(target, size) };
     options.check().map_err(|error| option_failure(id, error))?;
     let data = match &options.data_file {
         Some(_) => Some(open_target_file(platform, FileRole::TargetData, size)?),
@@ -248,23 +265,76 @@ pub(super) fn create<P: Platform>(
         let id = data.id;
         (data.disk(durable), id)
     });
-    let writer = qcow2::create(main.disk(durable), id, data, &options).map_err(|error| creation_failure(id, error))?;
+    let mut writer = qcow2::create_encrypted(main.disk(durable), id, data, &options, secret.cipher(id)?)
+        .map_err(|error| creation_failure(id, error))?;
+    if let NewSecret::Luks(_, fresh) = &secret {
+        for (at, bytes) in [(fresh.material.offset, &fresh.material.bytes[..]), (0, &fresh.header.to_bytes())] {
+            writer.write_crypto_header(at, bytes).map_err(|error| creation_failure(id, error))?;
+        }
+    }
     Ok(TargetImage::Mapped(Box::new(Qcow2Target { writer, id, block_device })))
 }
 
+/// How a new image is encrypted.
+enum NewSecret {
+    None,
+    Aes(Arc<dyn SectorCipher>),
+    Luks(luks::CipherSpec, Box<luks::Fresh>),
+}
+
+impl NewSecret {
+    fn of(id: FileId, target: &Target) -> Result<Self, Failure> {
+        let legacy = target.qcow2.as_ref().and_then(|options| options.aes_passphrase.as_ref());
+        Ok(match (&target.luks, legacy) {
+            (Some(options), _) => {
+                let (spec, fresh) = super::luks::fresh(options)?;
+                Self::Luks(spec, Box::new(fresh))
+            }
+            (None, Some(passphrase)) => {
+                Self::Aes(legacy_cipher(id, &Key { passphrase: passphrase.clone(), ..Key::default() })?)
+            }
+            (None, None) => Self::None,
+        })
+    }
+
+    fn encryption(&self) -> qcow2::NewEncryption {
+        match self {
+            Self::None => qcow2::NewEncryption::None,
+            Self::Aes(_) => qcow2::NewEncryption::Aes,
+            Self::Luks(_, fresh) => qcow2::NewEncryption::Luks(fresh.header.payload_offset()),
+        }
+    }
+
+    fn cipher(&self, id: FileId) -> Result<Option<Arc<dyn SectorCipher>>, Failure> {
+        let failed = |error| super::luks::luks_failure(Step::Create, id, &[], error);
+        Ok(match self {
+            Self::None => None,
+            Self::Aes(cipher) => Some(cipher.clone()),
+            Self::Luks(spec, fresh) => Some(fresh.key.cipher(spec, 512).map_err(failed)?),
+        })
+    }
+}
+
 /// Opens an existing image to write into it.
-pub(super) fn open_target<P: Platform>(platform: &P, size: u64, durable: bool) -> Result<TargetImage<P>, Failure> {
-    open_writer(platform, open_target_file(platform, FileRole::Target, size)?, Step::OpenTarget, durable)
+pub(super) fn open_target<P: Platform>(
+    platform: &P,
+    target: &Target,
+    size: u64,
+    durable: bool,
+) -> Result<TargetImage<P>, Failure> {
+    let file = open_target_file(platform, FileRole::Target, size)?;
+    open_writer(platform, file, target.key.as_ref(), Step::OpenTarget, durable)
 }
 
 /// Opens the image on a granted device to write into it.
 pub(super) fn open_in_place<P: Platform>(platform: &P, device: u32, durable: bool) -> Result<TargetImage<P>, Failure> {
-    open_writer(platform, granted_target_file(platform, device)?, Step::Open, durable)
+    open_writer(platform, granted_target_file(platform, device)?, None, Step::Open, durable)
 }
 
 fn open_writer<P: Platform>(
     platform: &P,
     main: TargetFile<P>,
+    key: Option<&Key>,
     step: Step,
     durable: bool,
 ) -> Result<TargetImage<P>, Failure> {
@@ -277,7 +347,13 @@ fn open_writer<P: Platform>(
     };
     let data = data.map(|(file, id)| (TargetDisk::new(file, durable), id));
     repair_if_dirty(platform, id, &image, Step::OpenTarget)?;
-    let writer = Writer::open(main.disk(durable), id, data).map_err(failed)?;
+    let cipher = match (image.encryption(), key) {
+        (qcow2::Encryption::None, _) => None,
+        (_, Some(key)) => Some(cipher(platform, id, &image, key).map_err(|failure| failure_at(step, failure))?),
+        // Who opened it for reading has unlocked it.
+        (_, None) => platform.files().get(id).and_then(|state| state.cipher().ok()),
+    };
+    let writer = Writer::open_encrypted(main.disk(durable), id, data, cipher).map_err(failed)?;
     Ok(TargetImage::Mapped(Box::new(Qcow2Target { writer, id, block_device })))
 }
 
@@ -295,6 +371,9 @@ impl<P: Platform> MappedImage<P> for Qcow2Target<P> {
     }
 
     fn compression(&self) -> Option<Compression> {
+        if self.writer.contents_cipher().is_some() {
+            return None; // compressed clusters are never encrypted
+        }
         let codec = match self.writer.header().compression {
             CompressionType::Zstd => Codec::Zstd,
             CompressionType::Zlib => Codec::Deflate,
@@ -305,6 +384,10 @@ impl<P: Platform> MappedImage<P> for Qcow2Target<P> {
             always: false,
             grain_markers: false,
         })
+    }
+
+    fn contents_cipher(&self) -> Option<&qcow2::ContentsCipher> {
+        self.writer.contents_cipher()
     }
 
     fn on_block_device(&self) -> bool {
@@ -348,6 +431,7 @@ fn create_options(target: &Target, size: u64) -> CreateOptions {
             Preallocation::Falloc => qcow2::Preallocation::Falloc,
             Preallocation::Full => qcow2::Preallocation::Full,
         },
+        encryption: qcow2::NewEncryption::None,
         size,
     }
 }

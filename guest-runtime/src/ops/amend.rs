@@ -1,11 +1,12 @@
 //! `amend`: changing the options of an image.
 
 use instar_guest_protocol::message::{
-    AmendOptions as WireOptions, AmendRefusal, AmendRequest, Call, Cause, EditReply, Failure, Format, Progress, Step,
-    call,
+    AmendOptions as WireOptions, AmendRefusal, AmendRequest, Call, Cause, EditReply, Failure, Format, Progress, Source,
+    Step, call,
 };
-use instar_qcow2::{AmendError, AmendOptions, Error};
+use instar_qcow2::{AmendError, AmendOptions, EncryptionMethod, Error};
 
+use crate::formats::change_keys;
 use crate::ops::edit::{self, Editable, Qcow2};
 use crate::ops::failure::failure;
 use crate::platform::Platform;
@@ -18,21 +19,36 @@ pub fn run<P: Platform>(platform: &P, request: &AmendRequest) -> Result<EditRepl
     match edit::open(platform, &request.image, true)? {
         Editable::Qcow2(mut image) => match &request.options {
             Some(options) => {
-                let done = amend(platform, &mut image, options, request.progress);
+                let done = amend(platform, &request.image, &mut image, options, request.progress);
                 image.close(done)
             }
             None => Ok(EditReply { format: Format::Qcow2.into(), ..EditReply::default() }),
         },
+        Editable::Other(Format::Luks) => {
+            if let Some(options) = &request.options {
+                change_keys(platform, &request.image, options.keys.as_ref(), 0..u64::MAX)?;
+            }
+            Ok(EditReply { format: Format::Luks.into(), ..EditReply::default() })
+        }
         Editable::Other(format) => {
             Err(Failure { format: format.into(), ..failure(Step::Edit, Cause::AmendUnsupported) })
         }
     }
 }
 
-fn amend<P: Platform>(platform: &P, image: &mut Qcow2<P>, wanted: &WireOptions, progress: bool) -> Result<(), Failure> {
-    if wanted.encryption {
-        return Err(refused(AmendRefusal::NoEncryption));
-    }
+fn amend<P: Platform>(
+    platform: &P,
+    source: &Source,
+    image: &mut Qcow2<P>,
+    wanted: &WireOptions,
+    progress: bool,
+) -> Result<(), Failure> {
+    let header = match (image.writer.header().encryption, image.writer.extensions().crypto) {
+        _ if !wanted.encryption => None,
+        (EncryptionMethod::None, _) => return Err(refused(AmendRefusal::NoEncryption)),
+        (EncryptionMethod::Luks, Some(header)) => Some(header.offset.0..header.offset.0.saturating_add(header.len)),
+        _ => return Err(refused(AmendRefusal::OnlyLuks)),
+    };
     let options = AmendOptions {
         version: wanted.version,
         refcount_bits: wanted.refcount_bits,
@@ -58,6 +74,9 @@ fn amend<P: Platform>(platform: &P, image: &mut Qcow2<P>, wanted: &WireOptions, 
             tell(done, total);
         }
     };
+    if let Some(area) = header {
+        change_keys(platform, source, wanted.keys.as_ref(), area)?;
+    }
     let Qcow2 { writer, bitmaps, .. } = image;
     let done = writer.amend(&options, bitmaps, &mut report);
     done.map_err(|error| match error {

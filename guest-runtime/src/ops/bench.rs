@@ -114,7 +114,8 @@ fn read<P: Platform>(platform: &P, layer: &dyn Layer, offsets: &[u64], size: usi
     let mut batch = Vec::new();
     for (&offset, piece) in offsets.iter().zip(buf.chunks_exact_mut(size)) {
         let extents = layer.extents(offset..offset + size as u64).collect::<BlockResult<Vec<_>>>()?;
-        if extents.iter().any(|extent| matches!(extent.kind, ExtentKind::Compressed(_))) {
+        if extents.iter().any(|extent| matches!(extent.kind, ExtentKind::Compressed(_) | ExtentKind::Encrypted { .. }))
+        {
             layer.read_at(offset, piece)?;
             continue;
         }
@@ -141,6 +142,13 @@ fn write<P: Platform>(
     match image {
         TargetImage::Flat(flat) => {
             let base = flat.base;
+            if let Some(cipher) = &flat.cipher {
+                return offsets.iter().try_for_each(|&offset| {
+                    let mut stored = bytes.to_vec();
+                    cipher.encrypt(offset, &mut stored)?;
+                    submit(platform, &mut [Io::Write { file: flat.file, offset: base + offset, buf: &stored }])
+                });
+            }
             let request = |&offset: &u64| Io::Write { file: flat.file, offset: base + offset, buf: bytes };
             submit(platform, &mut offsets.iter().map(request).collect::<Vec<_>>())
         }
@@ -158,6 +166,7 @@ fn write_mapped<P: Platform>(
     offset: u64,
     bytes: &[u8],
 ) -> BlockResult<()> {
+    let encrypted = image.contents_cipher().is_some();
     let disk = image.disk_mut();
     if below.is_some() {
         let (unit, size) = (disk.alloc_unit(), disk.size());
@@ -171,6 +180,9 @@ fn write_mapped<P: Platform>(
                 disk.write_at(start, &whole)?;
             }
         }
+    }
+    if encrypted {
+        return disk.write_at(offset, bytes);
     }
     let mut places: Vec<Reservation> = Vec::new();
     let mut done = 0u64;

@@ -33,10 +33,15 @@ pub(super) struct Qcow2<P: Platform> {
 /// as with qemu-img.
 pub(super) fn open<P: Platform>(platform: &P, source: &Source, chain: bool) -> Result<Editable<P>, Failure> {
     let id = FileId(source.device);
-    let image = open_named(platform, source)?;
+    let mut image = open_named(platform, source)?;
     let opened = match image.as_qcow2() {
         Some(qcow2) => Editable::Qcow2(Box::new(open_qcow2(platform, id, qcow2)?)),
-        None => Editable::Other(image.format()),
+        None => {
+            if image.format() == Format::Luks {
+                image.open_parts(platform)?;
+            }
+            Editable::Other(image.format())
+        }
     };
     if chain {
         open_chain(platform, source, &*image)?;
@@ -57,7 +62,8 @@ fn open_qcow2<P: Platform>(
     let data = data.map(|(file, id)| (TargetDisk::new(file, true), id));
     let file = platform.file(id.0).ok_or_else(|| about(Step::Open, id, Cause::BadRequest))?;
     repair_if_dirty(platform, id, image, Step::Open)?;
-    let mut writer = Writer::open(TargetDisk::new(file, true), id, data).map_err(failed)?;
+    let mut writer =
+        Writer::open_encrypted(TargetDisk::new(file, true), id, data, image.cipher().cloned()).map_err(failed)?;
     let bitmaps = writer.load_bitmaps().map_err(failed)?;
     Ok(Qcow2 { writer, bitmaps, id })
 }

@@ -109,7 +109,9 @@ fn copy<P: Platform>(
     let size = image.disk().size();
     let unit = compression.map_or(image.disk().alloc_unit(), |compression| compression.unit);
     let old_size = backings.old.as_ref().map_or(0, |old| old.size());
+    let cipher = image.contents_cipher().cloned();
     let target = MappedTarget {
+        cipher,
         image: Lock::new(image),
         backing: None,
         existing: true,

@@ -31,10 +31,17 @@ pub fn run<P: Platform>(platform: &P, request: &ResizeRequest) -> Result<EditRep
         true => Some(open_in_place(platform, device, format, true)?),
         false => None,
     };
+    let base = image.payload_offset();
     let old = image.into_layer().size();
     let size = new_size(request, old).map_err(|refusal| of_format(refused(refusal)))?;
     match (format, writer) {
-        (Format::Raw | Format::File, _) => resize_raw(platform, request, old, size).map_err(of_format)?,
+        (Format::Raw | Format::File | Format::Luks, _) => {
+            let unsupported = || of_format(failure(Step::Edit, Cause::ResizeUnsupported));
+            let base = base.ok_or_else(unsupported)?;
+            let end = base.checked_add(size).filter(|end| *end <= i64::MAX as u64);
+            let end = end.ok_or_else(|| of_format(refused(ResizeRefusal::NotPositive)))?;
+            resize_raw(platform, request, base + old, end).map_err(of_format)?;
+        }
         (_, Some(TargetImage::Mapped(mut image))) => match image.as_qcow2_mut() {
             Some(writer) => {
                 let id = FileId(device);

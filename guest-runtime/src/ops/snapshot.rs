@@ -4,7 +4,7 @@ use alloc::vec::Vec;
 
 use instar_blockio::FileId;
 use instar_guest_protocol::message::{Cause, EditReply, Failure, SnapshotAction, SnapshotRequest, Source, Step};
-use instar_qcow2::{NewSnapshot, SnapshotSelector};
+use instar_qcow2::{self as qcow2, Encryption, NewSnapshot, SnapshotSelector};
 
 use crate::formats::{open_named, qcow2_failure, snapshot_info};
 use crate::ops::edit::{self, Editable, Qcow2};
@@ -32,6 +32,12 @@ pub fn run<P: Platform>(platform: &P, request: &SnapshotRequest) -> Result<EditR
 
 fn list<P: Platform>(platform: &P, source: &Source) -> Result<EditReply, Failure> {
     let image = open_named(platform, source)?;
+    if let Some(opened) = image.as_qcow2()
+        && opened.encryption() != Encryption::None
+        && opened.cipher().is_none()
+    {
+        return Err(qcow2_failure(Step::Open, FileId(source.device), qcow2::Error::Encrypted(0)));
+    }
     edit::open_chain(platform, source, &*image)?;
     let found = match image.as_qcow2() {
         Some(qcow2) => qcow2.snapshots().map_err(|error| qcow2_failure(Step::Open, FileId(source.device), error))?,

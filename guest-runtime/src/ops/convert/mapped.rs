@@ -18,6 +18,7 @@ use instar_blockio::{
 };
 use instar_codec::Encoder;
 use instar_guest_protocol::message::Step;
+use instar_qcow2::ContentsCipher;
 use instar_vmdk::marker;
 
 /// The image that is written, and how.
@@ -33,6 +34,8 @@ pub(in crate::ops) struct MappedTarget<P: Platform> {
     pub unit: u64,
     /// Units are stored compressed in this way.
     pub compress: Option<Compression>,
+    /// Encrypts what is written.
+    pub cipher: Option<ContentsCipher>,
     /// Finished chunks that wait for their turn.
     pub order: Lock<Order>,
     /// Source and target may be able to share blocks; cleared once they were not.
@@ -125,7 +128,8 @@ impl<P: Platform> MappedTarget<P> {
             false => runs(chunk, sparse, &bytes),
         };
         let is_plain = |extent: &&Extent| matches!(extent.kind, ExtentKind::Data { .. });
-        let sources = match self.shares.load(Ordering::Relaxed) {
+        // What is encrypted has nothing in common with its source.
+        let sources = match self.cipher.is_none() && self.shares.load(Ordering::Relaxed) {
             true => chunk.extents.iter().filter(is_plain).copied().collect(),
             false => Vec::new(),
         };
@@ -260,6 +264,11 @@ impl<P: Platform> MappedTarget<P> {
         if ready.is_empty() {
             return Ok(Vec::new());
         }
+        if let Some(cipher) = &self.cipher {
+            for (finished, places) in &mut ready {
+                encrypt(cipher, finished, places)?;
+            }
+        }
         if !self.share(platform, &ready)? {
             let mut writes = Batch::default();
             for (finished, places) in &ready {
@@ -359,6 +368,15 @@ fn encode_always(
     out[start..start + empty.len()].copy_from_slice(&marker(offset, len as u32));
     out.resize(start + (empty.len() + len).next_multiple_of(super::SECTOR as usize), 0);
     Ok(out.len() - start)
+}
+
+/// Encrypts the pieces of a buffer for their places.
+fn encrypt(cipher: &ContentsCipher, finished: &mut Finished, places: &[Place]) -> Outcome<()> {
+    places.iter().try_for_each(|Place { at, reservation }| {
+        let bytes = &mut finished.bytes[*at..*at + reservation.len as usize];
+        let done = cipher.encrypt(reservation.offset, reservation.host, bytes);
+        done.map_err(Fault::write(reservation.offset))
+    })
 }
 
 /// Where a piece of the buffer goes.

@@ -5,7 +5,7 @@ use core::sync::atomic::AtomicBool;
 
 use instar_blockio::{Error, FileId, Layer};
 use instar_codec::Encoder;
-use instar_guest_protocol::message::{Cause, ConvertRequest, Failure, Step};
+use instar_guest_protocol::message::{Cause, ConvertRequest, Failure, Preallocation, Step};
 
 use super::bitmaps::SourceBitmaps;
 use super::mapped::MappedTarget;
@@ -83,13 +83,16 @@ impl<P: Platform> Target<P> {
         if request.compress && compress.is_none() {
             return Err(about(Step::Create, image.id(), Cause::CompressionUnsupported));
         }
-        let whole_units = existing || backing.is_some() || image.on_block_device();
+        let cipher = image.contents_cipher().cloned();
+        // Places that were given out in advance hold noise.
+        let noise = cipher.is_some() && request.target.preallocation() != Preallocation::Off;
+        let zero_init = (!existing && backing.is_none() && !noise) || request.target_is_zero;
+        let whole_units = existing || backing.is_some() || image.on_block_device() || noise;
         let unit = match compress {
             Some(compression) => compression.unit,
             None if whole_units => image.disk().alloc_unit(),
             None => 1,
         };
-        let zero_init = (!existing && backing.is_none()) || request.target_is_zero;
         Ok(Self::Mapped(Box::new(MappedTarget {
             image: Lock::new(image),
             backing,
@@ -97,6 +100,7 @@ impl<P: Platform> Target<P> {
             zero_init,
             unit,
             compress,
+            cipher,
             order: Lock::default(),
             shares: AtomicBool::new(true),
         })))
@@ -119,6 +123,7 @@ impl<P: Platform> Target<P> {
             }
             TargetImage::Mapped(image) => Self::Mapped(Box::new(MappedTarget {
                 unit: image.disk().alloc_unit(),
+                cipher: image.contents_cipher().cloned(),
                 image: Lock::new(image),
                 backing: Some(Lock::new(under)),
                 existing: true,
