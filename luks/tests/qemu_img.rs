@@ -154,24 +154,13 @@ fn have(program: &str) -> bool {
     found
 }
 
-/// Combinations of options of `qemu-img create -f luks`. (QEMU stops with an assertion for keys of 24 bytes, whose key material
-/// is no whole number of sectors.)
+/// Combinations of options of `qemu-img create -f luks`, which measures for seconds how fast the machine is: more ciphers are tried the
+/// other way round. (QEMU stops with an assertion for keys of 24 bytes, whose key material is no whole number of sectors.)
 const COMBINATIONS: &[&str] = &[
     "",
-    "cipher-alg=aes-128,cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=sha256,hash-alg=sha1",
-    "cipher-alg=aes-192,cipher-mode=xts,ivgen-alg=plain,hash-alg=sha512",
-    "cipher-alg=aes-256,cipher-mode=ctr,hash-alg=ripemd160",
-    "cipher-alg=aes-256,cipher-mode=ecb,hash-alg=sha224",
-    "cipher-alg=serpent-256,cipher-mode=xts,hash-alg=sha384",
-    "cipher-alg=serpent-128,cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=md5",
-    "cipher-alg=serpent-256,cipher-mode=ctr",
-    "cipher-alg=twofish-256,cipher-mode=xts,ivgen-alg=essiv,ivgen-hash-alg=sha256",
-    "cipher-alg=twofish-128,cipher-mode=cbc,hash-alg=md5",
-    "cipher-alg=twofish-256,cipher-mode=ecb",
-    "cipher-alg=cast5-128,cipher-mode=cbc",
-    "cipher-alg=cast5-128,cipher-mode=ctr,ivgen-alg=essiv,ivgen-hash-alg=md5",
-    "cipher-alg=cast5-128,cipher-mode=ecb,hash-alg=sm3",
-    "ivgen-hash-alg=sha1",
+    "cipher-alg=serpent-128,cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=md5,hash-alg=sha1",
+    "cipher-alg=cast5-128,cipher-mode=ctr,ivgen-alg=essiv,ivgen-hash-alg=md5,hash-alg=sm3",
+    "ivgen-hash-alg=sha1,cipher-mode=ecb",
 ];
 
 #[test]
@@ -184,7 +173,7 @@ fn volumes_of_qemu_img_open() {
     let secret = ["--object", "secret,id=s,data=pass word"];
     let opts = format!("driver=luks,key-secret=s,file.filename={}", path.display());
     for combination in COMBINATIONS {
-        let options = format!("key-secret=s,iter-time=10,{combination}");
+        let options = format!("key-secret=s,iter-time=1,{combination}");
         let options = options.trim_end_matches(',');
         must(
             Command::new("qemu-img")
@@ -208,8 +197,10 @@ fn volumes_of_qemu_img_open() {
         disk.read_at(payload.offset + 1_047_552, &mut read).unwrap();
         cipher.decrypt(payload.position + 1_047_552, &mut read).unwrap();
         assert!(read.iter().all(|byte| *byte == 0xa5), "{combination}");
-        let wrong = volume.unlock(&disk, 0, b"pass", &Limits::default()).unwrap_err();
-        assert_eq!(wrong, Error::WrongPassphrase);
+        if combination.is_empty() {
+            let wrong = volume.unlock(&disk, 0, b"pass", &Limits::default()).unwrap_err();
+            assert_eq!(wrong, Error::WrongPassphrase);
+        }
     }
 }
 
@@ -226,6 +217,15 @@ fn qemu_and_cryptsetup_open_what_is_created() {
         ("twofish", "ctr-plain64", 32, Hash::Ripemd160),
         ("cast5", "cbc-plain64", 16, Hash::Sha224),
         ("aes", "ecb-plain64", 32, Hash::Sha384),
+        ("aes", "cbc-essiv:sha256", 32, Hash::Sha1),
+        ("aes", "ctr-plain", 32, Hash::Sha224),
+        ("serpent", "cbc-essiv:md5", 16, Hash::Ripemd160),
+        ("serpent", "ctr-plain64", 32, Hash::Sha256),
+        ("twofish", "xts-essiv:sha256", 64, Hash::Sha256),
+        ("twofish", "cbc-plain", 16, Hash::Sha1),
+        ("twofish", "ecb-plain64", 32, Hash::Sha512),
+        ("cast5", "ctr-essiv:md5", 16, Hash::Sha256),
+        ("cast5", "ecb-plain64", 16, Hash::Sha1),
     ]
     .into_iter()
     .enumerate()

@@ -116,10 +116,11 @@ pub struct Segment {
 impl Metadata {
     pub(super) fn parse(text: &[u8]) -> Result<Self> {
         let found: Self = serde_json::from_slice(text).map_err(|_| Error::Metadata)?;
-        match found.keyslots.len() <= MAX_SLOTS && found.digests.len() <= MAX_SLOTS {
-            true => Ok(found),
-            false => Err(Error::Metadata),
-        }
+        // Also a slot that is named many times is tried each time.
+        let few = |digest: &Digest| digest.keyslots.len() <= MAX_SLOTS && digest.segments.len() <= MAX_SLOTS;
+        let sane =
+            found.keyslots.len() <= MAX_SLOTS && found.digests.len() <= MAX_SLOTS && found.digests.values().all(few);
+        if sane { Ok(found) } else { Err(Error::Metadata) }
     }
 
     /// Name and content of the only encrypted segment.
