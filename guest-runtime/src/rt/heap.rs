@@ -17,6 +17,10 @@ use crate::lock::Lock;
 const STEP: usize = 2 << 20;
 /// What an allocation may need beyond its size and alignment.
 const OVERHEAD: usize = 256;
+/// Allocations from this size on begin on a page: the host copies much more slowly to places that lie askew to those they come from.
+const LARGE: usize = 64 << 10;
+/// Bytes of a page.
+const PAGE: usize = 4096;
 /// Above this, moving an allocation happens without the lock.
 const LOCKED_COPY: usize = 16 << 10;
 
@@ -59,6 +63,14 @@ unsafe impl Source for Region {
     }
 }
 
+/// What is allocated for `layout`: a large one begins on a page.
+fn placed(layout: Layout) -> Layout {
+    match layout.size() {
+        LARGE.. => layout.align_to(PAGE).unwrap_or(layout),
+        _ => layout,
+    }
+}
+
 /// Hands the heap region to the allocator.
 ///
 /// # Safety
@@ -72,32 +84,34 @@ pub unsafe fn init((addr, len): (u64, u64)) {
 unsafe impl GlobalAlloc for Heap {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: the caller's promise: the size is not 0.
-        unsafe { self.0.lock().allocate(layout) }.map_or(ptr::null_mut(), NonNull::as_ptr)
+        unsafe { self.0.lock().allocate(placed(layout)) }.map_or(ptr::null_mut(), NonNull::as_ptr)
     }
 
     unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
         // SAFETY: the caller's promise: `ptr` was allocated here with this layout.
-        unsafe { self.0.lock().deallocate(ptr, layout) }
+        unsafe { self.0.lock().deallocate(ptr, placed(layout)) }
     }
 
     unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
         // SAFETY: the caller's promise: `ptr` was allocated here with `layout`, `new_size` is not 0 and valid for the
-        // alignment. The new place is large enough for the old contents, as only growing can fail to be done in place.
+        // alignment. No more is copied than either place has.
         unsafe {
             let mut talc = self.0.lock();
-            if talc.try_realloc_in_place(ptr, layout, new_size) {
+            let new_layout = Layout::from_size_align_unchecked(new_size, layout.align());
+            let stays = placed(layout).align() == placed(new_layout).align();
+            if stays && talc.try_realloc_in_place(ptr, placed(layout), new_size) {
                 return ptr;
             }
-            let new_layout = Layout::from_size_align_unchecked(new_size, layout.align());
-            let Some(new) = talc.allocate(new_layout) else { return ptr::null_mut() };
-            if layout.size() > LOCKED_COPY {
+            let Some(new) = talc.allocate(placed(new_layout)) else { return ptr::null_mut() };
+            let kept = layout.size().min(new_size);
+            if kept > LOCKED_COPY {
                 drop(talc);
-                new.as_ptr().copy_from_nonoverlapping(ptr, layout.size());
+                new.as_ptr().copy_from_nonoverlapping(ptr, kept);
                 talc = self.0.lock();
             } else {
-                new.as_ptr().copy_from_nonoverlapping(ptr, layout.size());
+                new.as_ptr().copy_from_nonoverlapping(ptr, kept);
             }
-            talc.deallocate(ptr, layout);
+            talc.deallocate(ptr, placed(layout));
             new.as_ptr()
         }
     }

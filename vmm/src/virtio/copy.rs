@@ -14,6 +14,8 @@ use crate::rawio::clone_range;
 /// Bytes moved by one pair of system calls: large enough to make their cost vanish, small enough to stay in the processor's
 /// cache between reading, looking for zeroes and writing.
 const CHUNK: usize = 512 << 10;
+/// Bytes of a page.
+const PAGE: usize = 4096;
 /// Alignment that reflinks ask for.
 const CLONE_ALIGNMENT: u64 = 4096;
 /// Smallest and largest block of [`RequestFlags::SKIP_ZERO`].
@@ -26,11 +28,13 @@ pub struct Scratch {
 }
 
 impl Scratch {
+    /// The buffer. It begins on a page: the processor copies much more slowly to places that lie askew to those they come from.
     fn chunk(&mut self) -> &mut [u8] {
         if self.buffer.is_empty() {
-            self.buffer = vec![0; CHUNK];
+            self.buffer = vec![0; CHUNK + PAGE];
         }
-        &mut self.buffer
+        let skip = self.buffer.as_ptr().align_offset(PAGE).min(PAGE);
+        &mut self.buffer[skip..skip + CHUNK]
     }
 
     /// A buffer full of zeroes.
