@@ -8,10 +8,12 @@
 //!   --release -- --write-seeds corpus` makes its first corpus.
 #![forbid(unsafe_code)]
 
+mod disk;
 mod mutate;
 pub mod runner;
 pub mod targets;
 
+pub use disk::Disk;
 pub use mutate::{Random, mutate};
 
 /// Something to feed bytes to.

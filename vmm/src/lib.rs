@@ -28,8 +28,12 @@ mod config;
 mod cpu;
 mod elf;
 mod error;
+#[cfg(feature = "fuzz")]
+#[doc(hidden)]
+pub mod fuzz;
 mod jail;
 mod layout;
+mod mail;
 mod memory;
 mod monitor;
 mod paging;

@@ -5,10 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock};
 use std::time::Instant;
 
-use instar_guest_protocol::boot::{BootPage, DeviceInfo, MAGIC, Mailbox, VcpuArea};
-use instar_guest_protocol::limits::{
-    LOG_BYTES, MAX_MESSAGE_BYTES, MAX_MESSAGE_BYTES_TOTAL, MAX_REQUEST_MESSAGE_BYTES, MAX_VCPUS,
-};
+use instar_guest_protocol::boot::{BootPage, DeviceInfo, MAGIC, VcpuArea};
+use instar_guest_protocol::limits::{LOG_BYTES, MAX_MESSAGE_BYTES_TOTAL, MAX_VCPUS};
 use instar_guest_protocol::port;
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use zerocopy::{FromZeros, IntoBytes};
@@ -17,6 +15,7 @@ use crate::cpu::Cpu;
 use crate::error::{KvmStep, Misbehaviour};
 use crate::jail::filter::{Filter, Role};
 use crate::layout::{BOOT_PAGE, DEVICES, LOG, Layout, REQUEST};
+use crate::mail::Mail;
 use crate::memory::GuestMemory;
 use crate::stats::{Counters, DeviceTraffic, Phases, add};
 use crate::virtio::{DeviceTable, Server, offered_words};
@@ -250,35 +249,15 @@ impl Machine {
 
     /// Delivers the message in the mailbox of vCPU `index`, and its answer.
     fn call(&self, index: u32) -> Result<(), Misbehaviour> {
-        let mailbox_addr = area(index) + offset_of!(VcpuArea, mailbox) as u64;
-        let bad = |_| Misbehaviour::MessageAddress;
-        // Read once; later changes have no effect.
-        let mailbox: Mailbox = self.memory.read(mailbox_addr).map_err(bad)?;
-        if mailbox.message_len > MAX_MESSAGE_BYTES as u64 {
-            return Err(Misbehaviour::MessageLength);
-        }
-        let message = self.memory.readable(mailbox.message_addr, mailbox.message_len).map_err(bad)?;
-        // Nobody has use for a longer answer.
-        let room = mailbox.answer_capacity.min(MAX_REQUEST_MESSAGE_BYTES as u64);
-        let answer_place = match room {
-            0 => None,
-            room => Some(self.memory.writable(mailbox.answer_addr, room).map_err(bad)?),
-        };
+        let mail = Mail::open(self.memory, area(index) + offset_of!(VcpuArea, mailbox) as u64)?;
         let mut host = self.host.lock().unwrap_or_else(PoisonError::into_inner);
-        host.message_bytes += mailbox.message_len;
+        host.message_bytes += mail.message_len();
         if host.message_bytes > MAX_MESSAGE_BYTES_TOTAL {
             return Err(Misbehaviour::MessageTotal);
         }
-        let mut bytes = vec![0; message.len()];
-        message.copy_to(&mut bytes);
-        let answer = host.port.call(self, &bytes, room);
+        let answer = host.port.call(self, &mail.message(), mail.room());
         drop(host);
-        if let Some(place) = answer_place {
-            place.copy_from(&answer);
-            let answer_len = mailbox_addr + offset_of!(Mailbox, answer_len) as u64;
-            self.memory.write(answer_len, &(answer.len() as u64)).map_err(bad)?;
-        }
-        Ok(())
+        mail.answer(&answer)
     }
 
     /// Ends the run with a failure.

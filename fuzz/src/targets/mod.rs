@@ -6,6 +6,7 @@ pub mod codec;
 pub mod detect;
 pub mod legacy;
 pub mod message;
+pub mod monitor;
 pub mod partition;
 pub mod qcow2_edit;
 pub mod qcow2_read;
@@ -15,11 +16,13 @@ pub mod vhdx;
 pub mod vmdk;
 
 /// All targets.
-pub const ALL: [Target; 17] = [
+pub const ALL: [Target; 19] = [
     Target { name: "codec", run: codec::run, seeds: codec::seeds },
     Target { name: "detect", run: detect::run, seeds: detect::seeds },
+    Target { name: "mailbox", run: monitor::mailbox, seeds: monitor::mailbox_seeds },
     Target { name: "message", run: message::run, seeds: message::seeds },
     Target { name: "partition", run: partition::run, seeds: partition::seeds },
+    Target { name: "ring", run: monitor::ring, seeds: monitor::ring_seeds },
     Target { name: "qcow2_edit", run: qcow2_edit::run, seeds: qcow2_edit::seeds },
     Target { name: "qcow2_read", run: qcow2_read::run, seeds: qcow2_read::seeds },
     Target { name: "qcow2_write", run: qcow2_write::run, seeds: qcow2_write::seeds },

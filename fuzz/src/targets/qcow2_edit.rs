@@ -1,11 +1,11 @@
 //! Existing qcow2 images whose snapshots, bitmaps and options are changed in place: whatever the file says, each change
 //! succeeds or fails cleanly.
 
-use instar_blockio::test::Faulty;
 use instar_blockio::{BlockWrite, FileId, MemBlock};
 use instar_qcow2::{AmendOptions, Bitmaps, NewSnapshot, Result, SnapshotSelector, Writer};
 
 use super::qcow2_write;
+use crate::Disk;
 
 /// The file may grow to this: what a hostile table asks for beyond it does not fit on the disk.
 const SPACE: u64 = 8 << 20;
@@ -13,9 +13,7 @@ const SPACE: u64 = 8 << 20;
 /// The last bytes say what is done, the others are an image file.
 pub fn run(data: &[u8]) {
     let (image, steps) = data.split_at(data.len().saturating_sub(4));
-    let (file, faults) = Faulty::new(MemBlock::from(image.to_vec()));
-    faults.limit_space(SPACE);
-    let Ok(mut writer) = Writer::open(file, FileId(0), None) else { return };
+    let Ok(mut writer) = Writer::open(Disk::of(image).with_room(SPACE), FileId(0), None) else { return };
     let mut bitmaps = writer.load_bitmaps().unwrap_or_default();
     for step in steps {
         // An image that failed a change may well refuse the next.
@@ -25,7 +23,7 @@ pub fn run(data: &[u8]) {
     let _ = writer.finish();
 }
 
-fn change(writer: &mut Writer<Faulty<MemBlock>>, bitmaps: &mut Bitmaps, step: u8) -> Result<()> {
+fn change(writer: &mut Writer<Disk>, bitmaps: &mut Bitmaps, step: u8) -> Result<()> {
     let any = SnapshotSelector::Exact { id: None, name: None };
     let mut amend = |options: AmendOptions| writer.amend(&options, bitmaps, &mut |_, _| {});
     match step % 9 {

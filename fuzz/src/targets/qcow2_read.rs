@@ -1,9 +1,10 @@
 //! qcow2 images: opened, walked, read, in every state that they hold.
 
-use instar_blockio::{BlockMapExt, BlockRead, FileId, MemBlock};
+use instar_blockio::{BlockMapExt, BlockRead, FileId};
 use instar_qcow2::{Image, OpenOptions, SnapshotSelector};
 
 use super::qcow2_write;
+use crate::Disk;
 
 /// Extents looked at in one walk.
 const EXTENTS: usize = 300;
@@ -15,12 +16,12 @@ pub fn run(data: &[u8]) {
     for strict in [false, true] {
         let options = OpenOptions { strict, ..OpenOptions::default() };
         // Only behind good headers lies what the second opening may see differently.
-        let Ok(image) = Image::open(MemBlock::from(data.to_vec()), FileId(7), &options) else { return };
+        let Ok(image) = Image::open(Disk::of(data), FileId(7), &options) else { return };
         look(image);
     }
 }
 
-fn look(mut image: Image<MemBlock>) {
+fn look(mut image: Image<Disk>) {
     let _ = (image.header(), image.backing_file(), image.encryption(), image.check_readable());
     if let Ok(bitmaps) = image.bitmaps() {
         for bitmap in bitmaps.iter().take(20) {
@@ -29,7 +30,7 @@ fn look(mut image: Image<MemBlock>) {
         }
     }
     if image.needs_data_file() {
-        image.attach_data_file(MemBlock::zeroed(1 << 16), FileId(8));
+        image.attach_data_file(Disk::of_parts(Vec::new(), 1 << 16), FileId(8));
     }
     walk(&image);
     for snapshot in image.snapshots().unwrap_or_default().iter().take(10) {
@@ -40,7 +41,7 @@ fn look(mut image: Image<MemBlock>) {
     }
 }
 
-fn walk(image: &Image<MemBlock>) {
+fn walk(image: &Image<Disk>) {
     let size = image.size();
     let mut left = READ;
     for start in [0, size / 3, size.saturating_sub(1000)] {
@@ -114,6 +115,8 @@ fn with_bitmap(mut file: Vec<u8>) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use instar_blockio::MemBlock;
+
     use super::*;
 
     #[test]

@@ -1,18 +1,17 @@
 //! Existing qcow2 images opened for writing: whatever the file says, changes succeed or fail cleanly.
 
-use instar_blockio::test::Faulty;
 use instar_blockio::{BlockAlloc, BlockMap, BlockRead, BlockWrite, Codec, FileId, MemBlock, ZeroMode};
 use instar_codec::Encoder;
 use instar_qcow2::{CreateOptions, Preallocation, Writer, create};
+
+use crate::Disk;
 
 /// The file may grow to this: what a hostile table asks for beyond it does not fit on the disk.
 const SPACE: u64 = 8 << 20;
 
 /// The bytes are an image file.
 pub fn run(data: &[u8]) {
-    let (file, faults) = Faulty::new(MemBlock::from(data.to_vec()));
-    faults.limit_space(SPACE);
-    let Ok(mut writer) = Writer::open(file, FileId(0), None) else { return };
+    let Ok(mut writer) = Writer::open(Disk::of(data).with_room(SPACE), FileId(0), None) else { return };
     let size = writer.size();
     for offset in [0, 511, 4096, size / 2, size.saturating_sub(600)] {
         change(&mut writer, offset, size);
@@ -22,22 +21,19 @@ pub fn run(data: &[u8]) {
     let _ = writer.finish();
 }
 
-/// A change of each kind. What was written and not refused reads back.
-fn change(writer: &mut Writer<Faulty<MemBlock>>, offset: u64, size: u64) {
+/// A change of each kind. Hostile refcounts give away clusters that are in use, so what comes back may be something else.
+fn change(writer: &mut Writer<Disk>, offset: u64, size: u64) {
     let bytes = [0xa5; 600];
     let len = (size - offset.min(size)).min(600);
     let mut back = [0; 600];
     let part = &bytes[..len as usize];
-    if writer.write_at(offset, part).is_ok() && writer.read_at(offset, &mut back[..len as usize]).is_ok() {
-        assert_eq!(&back[..len as usize], part);
-    }
+    let _ = writer.write_at(offset, part);
+    let _ = writer.read_at(offset, &mut back[..len as usize]);
     if let Ok(extent) = writer.extent_at(offset, u64::MAX) {
         assert!(extent.offset == offset && extent.len > 0 && extent.len <= size - offset, "{extent:?}");
     }
-    let zeroed = writer.write_zeroes(offset, len / 2, ZeroMode::KeepAllocated).is_ok();
-    if zeroed && writer.read_at(offset, &mut back[..len as usize / 2]).is_ok() {
-        assert!(instar_blockio::is_zero(&back[..len as usize / 2]));
-    }
+    let _ = writer.write_zeroes(offset, len / 2, ZeroMode::KeepAllocated);
+    let _ = writer.read_at(offset, &mut back[..len as usize / 2]);
     let _ = writer.discard(offset, len);
     if let Ok(reservation) = writer.reserve(offset, len) {
         let _ = if len % 2 == 0 { writer.commit(reservation) } else { writer.abort(reservation) };

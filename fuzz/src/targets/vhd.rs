@@ -2,9 +2,10 @@
 //!
 //! The first byte says whether checksums are made right; the file follows.
 
-use instar_blockio::test::Faulty;
 use instar_blockio::{BlockMapExt, BlockRead, BlockWrite, FileId, MemBlock};
 use instar_vhd::{CreateOptions, Image, OpenOptions, SizeRule, Writer, check, create, repair};
+
+use crate::Disk;
 
 /// The file may grow to this.
 const SPACE: u64 = 8 << 20;
@@ -13,14 +14,18 @@ const EXTENTS: usize = 100;
 /// The footer in front and the dynamic header behind it: place, length, and where the checksum is.
 const SUMMED: [(usize, usize, usize); 2] = [(0, 512, 64), (512, 1024, 36)];
 
+/// Bytes of both.
+const HEAD: usize = 1536;
+
 /// The bytes are those of an image file, behind the first.
 pub fn run(data: &[u8]) {
     let Some((seal, bytes)) = data.split_first() else { return };
-    let mut bytes = bytes.to_vec();
+    let mut head = bytes[..bytes.len().min(HEAD)].to_vec();
     if seal % 2 == 1 {
-        SUMMED.iter().for_each(|(at, len, field)| sum(bytes.get_mut(*at..*at + *len), *field));
+        SUMMED.iter().for_each(|(at, len, field)| sum(head.get_mut(*at..*at + *len), *field));
     }
-    let file = MemBlock::from(bytes);
+    let parts = vec![(0, &head[..]), (head.len() as u64, &bytes[head.len()..])];
+    let file = Disk::of_parts(parts, bytes.len() as u64).with_room(SPACE);
     for (check_table, size_rule) in [(true, SizeRule::ByCreator), (false, SizeRule::Geometry)] {
         let options = OpenOptions { check_table, size_rule, ..OpenOptions::default() };
         if let Ok(image) = Image::open(&file, FileId(7), &options) {
@@ -31,14 +36,11 @@ pub fn run(data: &[u8]) {
             }
         }
     }
-    let (mut repaired, faults) = Faulty::new(file.clone());
-    faults.limit_space(SPACE);
+    let mut repaired = file.clone();
     if repair(&mut repaired) == Ok(true) {
         assert_eq!(repair(&mut repaired), Ok(false), "one repair is enough");
     }
-    let (written, faults) = Faulty::new(file);
-    faults.limit_space(SPACE);
-    if let Ok(writer) = Writer::open(written, FileId(7), SizeRule::ByCreator) {
+    if let Ok(writer) = Writer::open(file, FileId(7), SizeRule::ByCreator) {
         write(writer);
     }
 }
@@ -50,7 +52,7 @@ fn sum(bytes: Option<&mut [u8]>, field: usize) {
     bytes[field..field + 4].copy_from_slice(&(!sum).to_be_bytes());
 }
 
-fn walk(image: &Image<&MemBlock>) {
+fn walk(image: &Image<&Disk>) {
     let size = image.size();
     let _ = (image.parent_names(), image.is_parent([0; 16]));
     for start in [0, size / 3, size.saturating_sub(1000)] {
@@ -66,7 +68,7 @@ fn walk(image: &Image<&MemBlock>) {
     assert!(image.read_at(size, &mut [0]).is_err());
 }
 
-fn write(mut writer: Writer<Faulty<MemBlock>>) {
+fn write(mut writer: Writer<Disk>) {
     let size = writer.size();
     for offset in [0, 511, size / 2, size.saturating_sub(600)] {
         let len = (size - offset.min(size)).min(600) as usize;
@@ -93,10 +95,11 @@ pub fn seeds() -> Vec<Vec<u8>> {
     child[len - 512 + 63] = 4;
     let images = [made(3 << 20, 1 << 20), made(64 << 20, 63 << 20), child];
     // The data of a block is of no interest: what counts is in front of it and behind it.
-    let short =
-        images.into_iter().map(|image| [&[1], &image[..4096.min(image.len())], &image[image.len() - 1024..]].concat());
-    let whole = [0].into_iter().chain(made(1 << 20, 4096)).collect();
-    short.chain([whole]).collect()
+    let short_of =
+        |image: Vec<u8>, seal| [&[seal], &image[..4096.min(image.len())], &image[image.len() - 1024..]].concat();
+    let short = images.into_iter().map(|image| short_of(image, 1));
+    // Another has its own checksums.
+    short.chain([short_of(made(1 << 20, 4096), 0)]).collect()
 }
 
 #[cfg(test)]

@@ -1,8 +1,9 @@
 //! VMDK images: opened, walked and read; the same bytes serve as every extent.
 
-use instar_blockio::test::Faulty;
 use instar_blockio::{BlockMapExt, BlockRead, BlockWrite, FileId, MemBlock};
 use instar_vmdk::{CreateOptions, Image, OpenOptions, Subformat, Writer, create};
+
+use crate::Disk;
 
 /// The file may grow to this.
 const SPACE: u64 = 8 << 20;
@@ -10,24 +11,24 @@ const SPACE: u64 = 8 << 20;
 const FILES: u32 = 8;
 /// Extents looked at in one walk.
 const EXTENTS: usize = 100;
+/// Bytes of the disk that are looked at in one walk.
+const RANGE: u64 = 256 << 10;
 
 /// The bytes are an image file.
 pub fn run(data: &[u8]) {
     for strict in [false, true] {
-        let Ok(mut image) = Image::open(MemBlock::from(data.to_vec()), FileId(1), &OpenOptions { strict }) else {
+        let Ok(mut image) = Image::open(Disk::of(data), FileId(1), &OpenOptions { strict }) else {
             break;
         };
         for id in 0..FILES {
             let Some((number, _)) = image.wanted() else { break };
-            if image.attach(number, MemBlock::from(data.to_vec()), FileId(2 + id)).is_err() {
+            if image.attach(number, Disk::of(data), FileId(2 + id)).is_err() {
                 break;
             }
         }
         walk(&image);
     }
-    let (file, faults) = Faulty::new(MemBlock::from(data.to_vec()));
-    faults.limit_space(SPACE);
-    if let Ok(mut writer) = Writer::open(file, FileId(1), 9) {
+    if let Ok(mut writer) = Writer::open(Disk::of(data).with_room(SPACE), FileId(1), 9) {
         let size = writer.size();
         for at in [0, size / 2, size.saturating_sub(512)] {
             let _ = writer.write_at(at, &[7; 512][..size.saturating_sub(at).min(512) as usize]);
@@ -36,12 +37,12 @@ pub fn run(data: &[u8]) {
     }
 }
 
-fn walk(image: &Image<MemBlock>) {
+fn walk(image: &Image<Disk>) {
     let size = image.size();
     let _ = (image.descriptor(), image.extents_info().count(), image.grain_size());
     for start in [0, size / 3, size.saturating_sub(1000)] {
         let mut at = start;
-        for extent in image.extents(start..size).take(EXTENTS) {
+        for extent in image.extents(start..size.min(start.saturating_add(RANGE))).take(EXTENTS) {
             let Ok(extent) = extent else { break };
             assert!(extent.offset == at && extent.len > 0 && extent.end() <= size, "{extent:?} at {at}");
             at = extent.end();
