@@ -5,6 +5,7 @@ use crate::Target;
 pub mod codec;
 pub mod detect;
 pub mod legacy;
+pub mod luks;
 pub mod message;
 pub mod monitor;
 pub mod partition;
@@ -16,9 +17,11 @@ pub mod vhdx;
 pub mod vmdk;
 
 /// All targets.
-pub const ALL: [Target; 19] = [
+pub const ALL: [Target; 21] = [
     Target { name: "codec", run: codec::run, seeds: codec::seeds },
     Target { name: "detect", run: detect::run, seeds: detect::seeds },
+    Target { name: "luks1", run: luks::luks1, seeds: luks::luks1_seeds },
+    Target { name: "luks2", run: luks::luks2, seeds: luks::luks2_seeds },
     Target { name: "mailbox", run: monitor::mailbox, seeds: monitor::mailbox_seeds },
     Target { name: "message", run: message::run, seeds: message::seeds },
     Target { name: "partition", run: partition::run, seeds: partition::seeds },
