@@ -121,7 +121,7 @@ fn is_absent(error: &io::Error) -> bool {
 }
 
 /// The configuration, or the line at fault and the reason.
-fn parse(text: &str) -> Result<Config, (usize, String)> {
+pub fn parse(text: &str) -> Result<Config, (usize, String)> {
     toml::from_str(text).map_err(|error| {
         let start = error.span().map_or(0, |span| span.start).min(text.len());
         let line = text.as_bytes()[..start].iter().filter(|byte| **byte == b'\n').count() + 1;

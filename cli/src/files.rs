@@ -405,6 +405,47 @@ mod tests {
         assert!(files.refusal().unwrap().problem.to_string().contains("longer than 200 images"));
     }
 
+    /// What a guest that was taken over may ask for, each with the reason that the user is told.
+    #[test]
+    fn hostile_names_are_refused() {
+        let (tmp, mut files, mut machine) = setup(&["top", "x"]);
+        let outside = tempfile::NamedTempFile::new().unwrap();
+        let absolute = outside.path().to_str().unwrap().to_owned();
+        let beside = format!("../{}", outside.path().file_name().unwrap().to_str().unwrap());
+        std::os::unix::fs::symlink(outside.path(), tmp.path().join("link")).unwrap();
+        fs::create_dir(tmp.path().join("dir")).unwrap();
+        let top = files.open_named(&mut machine, &named(&tmp, "top"), READ).unwrap();
+        let (long, longer) = ("a/".repeat(2047), "x".repeat(1 << 20));
+        for (name, reason) in [
+            ("../x", "No such file"),
+            (&absolute, "lies outside"),
+            (&beside, "lies outside"),
+            ("/etc/passwd", "lies outside"),
+            ("/proc/self/fd/0", "lies outside"),
+            ("link", "lies outside"),
+            ("dir", "regular file"),
+            ("", "the name is empty"),
+            ("x\0", "control characters"),
+            ("x\n", "control characters"),
+            ("\u{1b}[2Jx", "control characters"),
+            ("nbd://host/x", "'nbd:'"),
+            ("json:{}", "'json:'"),
+            ("fd:0", "'fd:'"),
+            (&long, ""),
+            (&longer, "the name is too long"),
+        ] {
+            for role in [FileRole::Backing, FileRole::Data, FileRole::Extent] {
+                let outcome = files.open_embedded(&mut machine, &wanted(top, name, role), READ);
+                assert!(outcome.is_none(), "{:.40}", name.escape_debug());
+                let told = files.refusal().unwrap().problem.to_string();
+                let is_outside = reason == "No such file" && told.contains("lies outside");
+                assert!(told.contains(reason) || is_outside, "{:.40}: {told:.200}", name.escape_debug());
+                assert!(!told.chars().any(char::is_control), "{told:?}");
+            }
+        }
+        assert_eq!(machine.granted, 1);
+    }
+
     #[test]
     fn requests_that_make_no_sense_are_refused() {
         let (tmp, mut files, mut machine) = setup(&["top", "x"]);

@@ -18,6 +18,8 @@ mod edit;
 mod files;
 mod formats;
 mod guest;
+#[cfg(test)]
+mod hostile_input;
 mod image_opts;
 mod lock;
 mod messages;

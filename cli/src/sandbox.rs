@@ -50,12 +50,16 @@ impl Default for Limits {
 
 /// A metadata operation that makes no step for this long has met an image made to keep it busy.
 const STALL: Duration = Duration::from_secs(10);
+/// Seconds of processor time for a description. No image, however made, needs a fifth of that.
+const MOST_CPU_OF_HEADERS: u64 = 10;
 /// Moving data waits for storage, which may be slow.
 const STALL_OF_DATA: Duration = Duration::from_secs(120);
 
 /// What kind of work it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Work {
+    /// What describes an image; its cost does not grow with the disk.
+    Headers,
     /// Headers and tables.
     Metadata,
     /// The contents of disks, by so many vCPUs.
@@ -72,7 +76,7 @@ impl Limits {
 
     fn settings(&self, work: Work) -> Settings {
         let (vcpus, stall, vectors) = match work {
-            Work::Metadata => (1, STALL, false),
+            Work::Headers | Work::Metadata => (1, STALL, false),
             Work::Data(vcpus) => (vcpus, STALL_OF_DATA, true),
         };
         let usual = Settings::default();
@@ -81,6 +85,7 @@ impl Limits {
             memory: self.memory,
             stall,
             time_limit: self.timeout,
+            cpu_limit: (work == Work::Headers).then_some(MOST_CPU_OF_HEADERS),
             vectors,
             user: self.user.unwrap_or(usual.user),
             debug: self.debug,
@@ -199,6 +204,7 @@ fn problem(error: &Error, guest: Guest) -> Problem {
             Problem::new(format!("The sandboxed parser gave up on this image: {}", printable(log.trim_ascii())))
         }
         Error::Stalled => Problem::new("The image takes too long: the sandbox makes no progress"),
+        Error::TooMuchWork => Problem::new("The image takes too long: the sandbox used up its processor time"),
         Error::TimedOut => Problem::new("The operation takes longer than --timeout allows"),
         Error::TooLittleMemory { needed, .. } => {
             Problem::new(format!("--max-guest-memory is too low: the sandbox needs {needed} bytes"))
@@ -235,6 +241,8 @@ pub trait Host {
 
 /// Files that a guest may ask for in vain.
 const MAX_REFUSALS: usize = 1024;
+/// Warnings that it may give.
+const MAX_WARNINGS: usize = 1 << 16;
 
 /// Runs a request to its end.
 ///
@@ -245,7 +253,7 @@ pub fn run(machine: &mut dyn Machine, request: &Request, host: &mut dyn Host) ->
     let encoded = Zeroizing::new(request.encode_to_vec());
     machine.start(&encoded)?;
     drop(encoded);
-    let mut refusals = 0;
+    let (mut refusals, mut warnings) = (0, 0);
     let mut result = None;
     while let Some(incoming) = machine.next_message()? {
         let call = Call::decode(incoming.bytes.as_slice()).ok().and_then(|call| call.kind);
@@ -268,6 +276,10 @@ pub fn run(machine: &mut dyn Machine, request: &Request, host: &mut dyn Host) ->
                 Vec::new()
             }
             call::Kind::Warning(warning) => {
+                warnings += 1;
+                if warnings > MAX_WARNINGS {
+                    return Err(garbled());
+                }
                 host.warning(&warning);
                 Vec::new()
             }
@@ -406,6 +418,8 @@ mod tests {
             script(&[call::Kind::Done(Reply { result: None })]),
             Script { calls: [vec![0xff; 40]].into(), ..Script::default() },
             script(&vec![call::Kind::Open(OpenFile::default()); MAX_REFUSALS + 1]),
+            script(&vec![call::Kind::Warning(Failure::default()); MAX_WARNINGS + 1]),
+            script(&[call::Kind::Warning(Failure::default()), call::Kind::Progress(Progress { done: 1, total: 0 })]),
         ] {
             assert!(run(&mut machine, &Request::default(), &mut Deaf::default()).is_err());
         }

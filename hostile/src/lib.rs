@@ -15,6 +15,7 @@ pub mod kill;
 mod names;
 mod place;
 mod process;
+pub mod trace;
 mod trial;
 
 pub use bytes::Image;

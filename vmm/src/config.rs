@@ -17,6 +17,8 @@ pub struct Settings {
     pub stall: Duration,
     /// The run may take no longer than this.
     pub time_limit: Option<Duration>,
+    /// The monitor process, guest included, may use no more than so many seconds of processor time.
+    pub cpu_limit: Option<u64>,
     /// Let the guest use AVX2 and what belongs to it (x86-64-v3) where the host has it. Makes the start a little slower.
     pub vectors: bool,
     /// The user and group that the monitor process becomes where the caller is root.
@@ -32,6 +34,7 @@ impl Default for Settings {
             memory: 256 << 20,
             stall: Duration::from_secs(10),
             time_limit: None,
+            cpu_limit: None,
             vectors: false,
             user: NOBODY,
             debug: false,

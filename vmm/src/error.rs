@@ -54,6 +54,8 @@ pub enum Error {
     Stalled,
     /// The run took longer than [`Settings::time_limit`](crate::Settings::time_limit).
     TimedOut,
+    /// The run used more processor time than [`Settings::cpu_limit`](crate::Settings::cpu_limit).
+    TooMuchWork,
     /// The monitor process ended without a word.
     MonitorLost {
         /// Its wait status, if it could be had.
@@ -235,6 +237,7 @@ impl fmt::Display for Error {
             Self::GuestMisbehaved(what) => write!(f, "the sandboxed program broke its rules: {what}"),
             Self::Stalled => f.write_str("the sandboxed program makes no progress"),
             Self::TimedOut => f.write_str("the sandboxed program takes too long"),
+            Self::TooMuchWork => f.write_str("the sandboxed program takes too much processor time"),
             Self::MonitorLost { status: Some(status) } if status & 0x7f == libc::SIGSYS => {
                 f.write_str("the sandbox process tried what it must not do, and was ended")
             }

@@ -8,6 +8,7 @@ use instar_guest_protocol::boot::DeviceFlags;
 use instar_guest_protocol::limits::{LOG_BYTES, MAX_DEVICES, MAX_MESSAGE_BYTES, MAX_REQUEST_MESSAGE_BYTES};
 use rustix::fs::{FileType, fstat};
 use rustix::io::Errno;
+use rustix::process::Signal;
 use zerocopy::FromBytes;
 
 use crate::config::Settings;
@@ -90,8 +91,8 @@ impl Sandbox {
         let layout = Layout::new(&elf, settings.vcpus, settings.memory)?;
         let progress = Arc::new(Progress::new()?);
         let debug = settings.debug;
-        let &Settings { vectors, user, .. } = settings;
-        let plan = Plan { guest, elf, layout, progress: progress.clone(), spawned, vectors, user, debug };
+        let &Settings { vectors, user, cpu_limit, .. } = settings;
+        let plan = Plan { guest, elf, layout, progress: progress.clone(), spawned, vectors, user, cpu_limit, debug };
         let (channel, process) = process::fork(debug, |channel| monitor::run(plan, channel)).map_err(Error::Process)?;
         Ok(Self {
             channel,
@@ -218,9 +219,10 @@ impl Sandbox {
         let Self { channel, watchdog, progress, process, .. } = self;
         let patience = || watchdog.wait(channel.socket(), progress);
         let lost = |error: Error, process: &mut Process| match error {
-            Error::Io(error) if error.raw_os_error() == Some(Errno::CONNRESET.raw_os_error()) => {
-                Error::MonitorLost { status: process.wait() }
-            }
+            Error::Io(error) if error.raw_os_error() == Some(Errno::CONNRESET.raw_os_error()) => match process.wait() {
+                Some(status) if status & 0x7f == Signal::XCPU.as_raw() => Error::TooMuchWork,
+                status => Error::MonitorLost { status },
+            },
             error => error,
         };
         let (header, _) = channel.receive(patience).map_err(|error| lost(error, process))?;

@@ -182,6 +182,10 @@ impl Machine {
                 if let Some(kicks) = self.counters.vcpu_kicks.get(index as usize) {
                     add(kicks, 1);
                 }
+                // A doorbell with nothing behind it is no progress.
+                if server.pending().map_err(misbehaved)? == 0 {
+                    return Ok(None);
+                }
                 let _work = self.progress.work();
                 // Held while files are in use, so that the end of the run can wait for that.
                 let devices = self.devices.read().unwrap_or_else(PoisonError::into_inner);

@@ -48,6 +48,14 @@ fn endless_loops_are_ended() {
     let wake_for_ever = Guest::new().raw(&[0x66, 0xba]).raw(&port::WAKE.to_le_bytes()).raw(&[0xef, 0xeb, 0xfd]);
     let result = wake_for_ever.run_with(&short, &[]);
     assert!(matches!(result, Err(Error::Stalled)), "{result:?}");
+    // Nor is a doorbell that announces requests, with none there.
+    let empty_kicks = Guest::new()
+        .queue(QueueWords::good())
+        .raw(&[0x66, 0xba])
+        .raw(&port::KICK.to_le_bytes())
+        .raw(&[0xef, 0xeb, 0xfd]);
+    let result = empty_kicks.run_with(&short, &[]);
+    assert!(matches!(result, Err(Error::Stalled)), "{result:?}");
     // All asleep.
     let result = Guest::new().out(port::WAIT, 0).exit().run_with(&short, &[]);
     assert!(matches!(result, Err(Error::Stalled)), "{result:?}");
@@ -70,6 +78,58 @@ fn the_time_limit_holds_for_busy_guests() {
         .raw(&[0xef, 0xeb, 0xfd]);
     let result = guest.run_with(&limited, &[]);
     assert!(matches!(result, Err(Error::TimedOut)), "{result:?}");
+}
+
+/// `again: add word [AVAIL + 2], step; out KICK; jmp again`, or so many times and then an end.
+fn requests_for_ever(requests: Requests, step: u16, turns: Option<u32>) -> Guest {
+    let start = Guest::new().queue(QueueWords::good());
+    // mov r8, AVAIL + 2; mov ecx, turns; mov dx, KICK
+    let start = start.raw(&[0x49, 0xb8]).raw(&(AVAIL + 2).to_le_bytes());
+    let start = start.raw(&[0xb9]).raw(&turns.unwrap_or(1).to_le_bytes());
+    let start = start.raw(&[0x66, 0xba]).raw(&port::KICK.to_le_bytes());
+    // add word [r8], step; out dx, eax; (dec ecx; jnz) or jmp
+    let turn = start.raw(&[0x66, 0x41, 0x81, 0x00]).raw(&step.to_le_bytes()).raw(&[0xef]);
+    let guest = match turns {
+        Some(_) => turn.raw(&[0xff, 0xc9, 0x75, 0xf5]).exit(),
+        None => turn.raw(&[0xeb, 0xf7]),
+    };
+    requests.onto(guest)
+}
+
+#[test]
+fn floods_of_requests_take_no_memory() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let file = tempfile::tempfile().unwrap();
+    // All 128 entries of the available ring name the same request.
+    let tiny = || Requests::new().add(header(RequestKind::Read, 0, 0, 0), &[]);
+    let outcome = requests_for_ever(tiny(), 128, Some(8000)).run(&[(&file, false)]).unwrap();
+    let few = requests_for_ever(tiny(), 128, Some(1)).run(&[(&file, false)]).unwrap();
+    assert_eq!((few.stats.kicks, outcome.stats.kicks), (1, 8000));
+    assert_eq!(outcome.stats.requests(RequestKind::Read).count, 1_024_000);
+    let grown = outcome.stats.usage.peak_memory.saturating_sub(few.stats.usage.peak_memory);
+    assert!(grown < 4 << 20, "{grown} bytes more for a million requests");
+    // A flood of flushes is work; only limits of time end it.
+    let flush = Requests::new().add(header(RequestKind::Flush, 0, 0, 0), &[]);
+    let limited = Settings { time_limit: Some(Duration::from_millis(300)), ..settings() };
+    let result = requests_for_ever(flush, 128, None).run_with(&limited, &[(&file, true)]);
+    assert!(matches!(result, Err(Error::TimedOut)), "{result:?}");
+}
+
+#[test]
+fn processor_time_has_a_limit() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let file = tempfile::tempfile().unwrap();
+    let limited = Settings { cpu_limit: Some(1), ..settings() };
+    // What looks like progress uses up the processor's time, too; and so does what does not.
+    let tiny = Requests::new().add(header(RequestKind::Read, 0, 0, 0), &[]);
+    for guest in [requests_for_ever(tiny, 1, None), Guest::new().hang()] {
+        let result = guest.run_with(&limited, &[(&file, false)]);
+        assert!(matches!(result, Err(Error::TooMuchWork)), "{result:?}");
+    }
 }
 
 #[test]

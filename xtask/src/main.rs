@@ -3,9 +3,11 @@
 //! `cargo xtask` lists the tasks.
 #![forbid(unsafe_code)]
 
+mod audit;
 mod bench;
 mod corpus;
 mod differential;
+mod reproduce;
 mod run;
 mod security;
 mod test;
@@ -37,6 +39,12 @@ const TASKS: &[Task] = &[
         name: "security",
         what: "hostile images, kills, failing systems: [--binary P] [--only WORD] [--kills N] [images|kills|faults]",
         run: security::security,
+    },
+    Task { name: "audit", what: "dependencies: licences, sources, versions, advisories", run: audit::audit },
+    Task {
+        name: "reproduce",
+        what: "two clean builds in different places have the same guest programs",
+        run: reproduce::reproduce,
     },
     Task {
         name: "bench-vs-qemu",

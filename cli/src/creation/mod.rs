@@ -24,7 +24,7 @@ use crate::options::{Options, Spec};
 use crate::problem::Problem;
 
 /// All of them.
-static FORMATS: [Creatable; 10] = [
+pub static FORMATS: [Creatable; 10] = [
     &luks::LUKS,
     &raw::RAW,
     &qcow2::QCOW2,

@@ -3,7 +3,7 @@
 //! There are two roles. The *boot* thread runs vCPU 0, serves its requests, speaks with the caller and starts the others. A
 //! *worker* runs one more vCPU and serves its requests. Everything that is not listed ends the process at once. Files are
 //! never opened, nothing is executed, no memory becomes executable, no signal is sent, no other process is looked at.
-//! `cargo xtask security` records the calls that the test suite really makes and compares them with these lists.
+//! `cli/tests/filter.rs` records the calls that commands really make and compares them with these lists.
 
 use seccompiler::{
     BackendError, BpfProgram, Error, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
@@ -131,6 +131,26 @@ impl Role {
             Self::Worker => WORKER,
         }
     }
+}
+
+/// An allowed call, for those who look whether it is needed.
+#[derive(Clone, Copy, Debug)]
+pub struct AllowedCall {
+    /// Its number.
+    pub number: i64,
+    /// The argument that is judged, if `values` names some.
+    pub argument: u8,
+    /// The values that it may have; none: it is not judged by values.
+    pub values: &'static [u64],
+}
+
+/// What the filter of a role allows.
+pub fn allowed_calls(role: Role) -> Vec<AllowedCall> {
+    let describe = |(number, when): &Allowed| match when {
+        When::OneOf(argument, values) => AllowedCall { number: *number, argument: *argument, values },
+        When::Always | When::Bits { .. } => AllowedCall { number: *number, argument: 0, values: &[] },
+    };
+    COMMON.iter().chain(role.own()).map(describe).collect()
 }
 
 /// The filters of a role, ready to be installed.

@@ -156,6 +156,14 @@ fn leave_file_systems() {
     let _ = rules.and_then(|rules| rules.create()).and_then(|rules| rules.no_new_privs(false).restrict_self());
 }
 
+/// The process ends by a signal when it has used so many seconds of processor time.
+pub fn limit_processor_time(seconds: Option<u64>) -> Result<(), Errno> {
+    let Some(seconds) = seconds else { return Ok(()) };
+    let now = getrlimit(Resource::Cpu);
+    let least = |limit: Option<u64>| Some(limit.map_or(seconds, |limit| limit.min(seconds)));
+    setrlimit(Resource::Cpu, Rlimit { current: least(now.current), maximum: now.maximum })
+}
+
 /// No more descriptors than a run can need, even if the caller has more.
 fn limit_files() -> Result<(), Errno> {
     /// Files granted at most, and the machine's own: socket, machine, vCPUs, and those in place of the standard streams.

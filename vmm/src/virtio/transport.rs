@@ -54,14 +54,25 @@ impl<'m> Server<'m> {
         Self { memory, words, queue: None, chain: Chain::default(), scratch: Scratch::default() }
     }
 
+    /// Requests that wait to be served.
+    pub fn pending(&mut self) -> Result<u16, Misbehaviour> {
+        self.queue()?.pending()
+    }
+
+    /// The queue, as it was when the doorbell rang first.
+    fn queue(&mut self) -> Result<&mut Queue<'m>, Misbehaviour> {
+        Ok(match &mut self.queue {
+            Some(queue) => queue,
+            unset => unset.insert(open(self.memory, self.words)?),
+        })
+    }
+
     /// Serves everything that was available when the doorbell rang. What is added meanwhile (by another vCPU) waits for the
     /// next kick, so this ends.
     pub fn kick(&mut self, devices: &DeviceTable, counters: &Counters) -> Result<(), Misbehaviour> {
-        let queue = match &mut self.queue {
-            Some(queue) => queue,
-            unset => unset.insert(open(self.memory, self.words)?),
-        };
-        for _ in 0..queue.pending()? {
+        let waiting = self.pending()?;
+        let Some(queue) = &mut self.queue else { return Ok(()) };
+        for _ in 0..waiting {
             let head = queue.pop(&mut self.chain)?;
             let request = Request::parse(&self.chain, self.memory)?;
             let written = request.writable_bytes();
