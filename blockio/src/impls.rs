@@ -4,7 +4,7 @@ use alloc::boxed::Box;
 use alloc::rc::Rc;
 use alloc::sync::Arc;
 
-use crate::{BlockMap, BlockRead, BlockWrite, Extent, Limits, ReadPart, Result, WritePart, ZeroMode};
+use crate::{BlockMap, BlockRead, BlockWrite, Extent, FileId, Limits, ReadPart, Result, WritePart, ZeroMode};
 
 macro_rules! forward_read {
     ($($owner:ty),*) => {$(
@@ -16,6 +16,9 @@ macro_rules! forward_read {
         }
         impl<T: BlockMap + ?Sized> BlockMap for $owner {
             fn extent_at(&self, offset: u64, max_len: u64) -> Result<Extent> { (**self).extent_at(offset, max_len) }
+            fn kept_at(&self, offset: u64, max_len: u64) -> Result<(u64, Option<(FileId, u64)>)> {
+                (**self).kept_at(offset, max_len)
+            }
         }
     )*};
 }

@@ -117,6 +117,16 @@ pub trait BlockMap: BlockRead {
     /// [`ErrorKind::OutOfBounds`] if `offset` is not inside the disk, [`ErrorKind::InvalidInput`] if `max_len` is 0,
     /// [`ErrorKind::Corrupt`] for an entry that can't be, or the device's error.
     fn extent_at(&self, offset: u64, max_len: u64) -> Result<Extent>;
+
+    /// Where space is kept for bytes that this layer leaves to its backing image: how many of the `max_len` bytes from `offset` on
+    /// have one answer, and the place of the first of them, if there is one.
+    ///
+    /// # Errors
+    /// As [`extent_at`](Self::extent_at).
+    fn kept_at(&self, offset: u64, max_len: u64) -> Result<(u64, Option<(FileId, u64)>)> {
+        let _ = offset;
+        Ok((max_len, None))
+    }
 }
 
 /// Bulk writing: the image decides where bytes go, the caller puts them there.

@@ -221,7 +221,7 @@ fn parse_long<'a>(table: &[Opt], text: &str, rest: &mut impl Iterator<Item = &'a
     let fail = |complaint: String| Err((Vec::new(), complaint));
     let opt = match find_long(table, name, glued.is_some()) {
         LongMatch::One(opt) => opt,
-        LongMatch::None => return fail(format!("unrecognized option '--{name}'")),
+        LongMatch::None => return fail(format!("unrecognized option '--{text}'")),
         LongMatch::Several(names) => {
             let names: Vec<String> = names.iter().map(|name| format!("'--{name}'")).collect();
             return fail(format!("option '--{text}' is ambiguous; possibilities: {}", names.join(" ")));
@@ -331,7 +331,7 @@ mod tests {
     #[test]
     fn complaints_are_those_of_getopt() {
         assert_eq!(complaint(&["--nonsense"]), "unrecognized option '--nonsense'");
-        assert_eq!(complaint(&["--nonsense=3"]), "unrecognized option '--nonsense'");
+        assert_eq!(complaint(&["--nonsense=3"]), "unrecognized option '--nonsense=3'");
         assert_eq!(complaint(&["-x"]), "invalid option -- 'x'");
         assert_eq!(complaint(&["-f"]), "option requires an argument -- 'f'");
         assert_eq!(complaint(&["--output"]), "option '--output' requires an argument");

@@ -73,7 +73,8 @@ impl Edit<'_> {
         let other = other.transpose()?;
         let readable = |device, spec| {
             let key = self.settings.key(spec).map_err(|problem| unopened(spec, problem))?;
-            Ok::<Source, Problem>(Source { key, ..self.settings.source(device, spec.format) })
+            let data_file_named = spec.data_file.is_some();
+            Ok::<Source, Problem>(Source { key, data_file_named, ..self.settings.source(device, spec.format) })
         };
         let operation =
             request(readable(device, self.image)?, other.map(|(device, spec)| readable(device, spec)).transpose()?);

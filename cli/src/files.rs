@@ -41,6 +41,18 @@ pub struct Record {
     depth: usize,
     /// The locks could not be taken, which matters only if the image is not raw.
     pub lock_problem: Option<Problem>,
+    /// What the operator named to hold its data.
+    data_file: Option<NamedData>,
+}
+
+/// An external data file that the operator named.
+#[derive(Debug)]
+struct NamedData {
+    name: String,
+    /// It is written, as the image is.
+    writable: bool,
+    /// It is open.
+    granted: Option<Granted>,
 }
 
 impl Record {
@@ -144,10 +156,7 @@ impl Files {
         spec: &ImageSpec,
         access: Access,
     ) -> Result<Granted, Problem> {
-        let file = match &spec.nbd {
-            Some(address) => Opened::of_nbd(address)?,
-            None => open_to_read(Path::new(&spec.file))?,
-        };
+        let file = Opened::of_spec(spec, false)?;
         self.grant_named(machine, spec, access, file, false)
     }
 
@@ -159,10 +168,10 @@ impl Files {
         if spec.force_share {
             return Err(Problem::new("force-share=on can only be used with read-only images"));
         }
-        let file = match &spec.nbd {
-            Some(address) => Opened::of_nbd(address)?,
-            None => open_to_write(Path::new(&spec.file))?,
-        };
+        if spec.read_only {
+            return Err(Problem::new("Block node is read-only"));
+        }
+        let file = Opened::of_spec(spec, true)?;
         Ok(self.grant_named(machine, spec, Access { purpose: Purpose::Write, force_share: false }, file, true)?.device)
     }
 
@@ -178,15 +187,17 @@ impl Files {
             true => None,
             false => take_locks(&mut file, access.purpose, spec.format, &spec.file)?,
         };
-        let home = match &spec.nbd {
+        let home = match spec.nbd.is_some() || spec.null.is_some() {
             // What lies there names files beneath the allowed directories, if any.
-            Some(_) => PathBuf::from("/"),
-            None => self.confinement.allow_home_of(Path::new(&spec.file))?,
+            true => PathBuf::from("/"),
+            false => self.confinement.allow_home_of(Path::new(&spec.file))?,
         };
         let granted = file.grant(machine, writable)?;
         // Of a device only the grant tells it.
         file.stat.len = granted.len;
-        let record = Record { name: spec.file.clone(), file, origin: Origin::Operator, home, depth: 1, lock_problem };
+        let data_file = spec.data_file.clone().map(|name| NamedData { name, writable, granted: None });
+        let name = spec.file.clone();
+        let record = Record { name, file, origin: Origin::Operator, home, depth: 1, lock_problem, data_file };
         self.records.insert(granted.device, record);
         Ok(granted)
     }
@@ -221,10 +232,11 @@ impl Files {
             FileRole::Extent => Origin::Extent(wanted.referrer),
             _ => return Err(Problem::new("The sandbox asked for a file of an unknown kind")),
         };
+        if let (Origin::Data(_), Some(granted)) = (origin, self.named_data(machine, wanted, access)?) {
+            return Ok(granted);
+        }
         if wanted.writable {
-            return Err(Problem::new(format!(
-                "Could not open '{shown}': refused: only files that you name yourself are written"
-            )));
+            return Err(unnamed_to_write(shown));
         }
         let Some(referrer) = self.records.get(&wanted.referrer) else {
             return Err(Problem::new("The sandbox asked for a file in the name of an image that it does not have"));
@@ -245,8 +257,34 @@ impl Files {
         };
         let granted = file.grant(machine, false)?;
         file.stat.len = granted.len;
-        self.records.insert(granted.device, Record { name, file, origin, home: confined.dir, depth, lock_problem });
+        self.records.insert(
+            granted.device,
+            Record { name, file, origin, home: confined.dir, depth, lock_problem, data_file: None },
+        );
         Ok(granted)
+    }
+
+    /// Opens and grants the external data file that the operator named for an image, once; `None` if there is none.
+    fn named_data(
+        &mut self,
+        machine: &mut dyn Machine,
+        wanted: &OpenFile,
+        access: Access,
+    ) -> Result<Option<Granted>, Problem> {
+        let Some(Record { depth, home, data_file: Some(named), .. }) = self.records.get_mut(&wanted.referrer) else {
+            return Ok(None);
+        };
+        if let Some(granted) = &named.granted {
+            return Ok(Some(*granted));
+        }
+        let (depth, home, name) = (*depth, home.clone(), named.name.clone());
+        let (mut file, granted) = open_data(machine, &name, named.writable, access)?;
+        named.granted = Some(granted);
+        file.stat.len = granted.len;
+        let origin = Origin::Data(wanted.referrer);
+        let record = Record { name, file, origin, home, depth, lock_problem: None, data_file: None };
+        self.records.insert(granted.device, record);
+        Ok(Some(granted))
     }
 
     /// Opens and grants a backing image that is to be written, within the confinement. `None` if it can't be opened at all: that is told
@@ -270,7 +308,7 @@ impl Files {
         };
         Some(written().map(|(file, granted)| {
             let origin = Origin::Backing(wanted.referrer);
-            let record = Record { name, file, origin, home: confined.dir, depth, lock_problem: None };
+            let record = Record { name, file, origin, home: confined.dir, depth, lock_problem: None, data_file: None };
             self.records.insert(granted.device, record);
             granted
         }))
@@ -317,6 +355,33 @@ impl Files {
         };
         Some(self.seen_from_the_top(refusal.referrer?, problem))
     }
+}
+
+/// Opens and grants an external data file that the operator named.
+///
+/// # Errors
+/// The message, without `Could not open 'F'` of the image around it.
+pub fn open_data(
+    machine: &mut dyn Machine,
+    name: &str,
+    writable: bool,
+    access: Access,
+) -> Result<(Opened, Granted), Problem> {
+    let path = Path::new(name);
+    let mut file = if writable { open_to_write(path) } else { open_to_read(path) }?;
+    if writable || !access.force_share {
+        file.lock(if writable { Purpose::Write } else { access.purpose }, name)?;
+    }
+    let granted = file.grant(machine, writable)?;
+    Ok((file, granted))
+}
+
+/// An image asks for a file to be written that only it named.
+pub fn unnamed_to_write(shown: &str) -> Problem {
+    Problem::new(format!(
+        "Could not open '{shown}': refused: only files that you name yourself are written (a data file: \
+         --image-opts driver=qcow2,file.filename=...,data-file.filename=...)"
+    ))
 }
 
 /// Takes locks, as far as QEMU does: describing a raw image needs none, and until its format is known, a problem with them

@@ -7,7 +7,7 @@ use crate::formats::{self, Driver};
 use crate::messages;
 use crate::nbd::Address;
 use crate::open;
-use crate::options::split;
+use crate::options::{parse_size, split};
 use crate::problem::Problem;
 
 /// An image that the operator named.
@@ -29,6 +29,70 @@ pub struct ImageSpec {
     pub key_secret: Option<String>,
     /// Which size of a VHD counts.
     pub vhd_size: VhdSize,
+    /// It must not be written.
+    pub read_only: bool,
+    /// It is stored nowhere.
+    pub null: Option<NullDevice>,
+    /// The file that holds its data, if the operator names it.
+    pub data_file: Option<String>,
+}
+
+/// A disk of zeroes that keeps nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NullDevice {
+    /// QEMU's driver.
+    pub driver: &'static str,
+    /// Bytes.
+    pub size: u64,
+}
+
+impl NullDevice {
+    const SIZE: u64 = 1 << 30;
+
+    /// The device of a file name; `None`: it is another's.
+    fn parse(name: &str) -> Result<Option<Self>, Problem> {
+        let Some(driver) = name.split(':').next().and_then(null_driver).filter(|_| name.contains(':')) else {
+            return Ok(None);
+        };
+        match name.strip_prefix(driver) {
+            Some("://") => Ok(Some(Self { driver, size: Self::SIZE })),
+            _ => Err(only_name(driver)),
+        }
+    }
+
+    /// The device of its options, and how QEMU names it.
+    fn of_options(driver: &'static str, options: &[(&str, &str)]) -> Result<(Self, String), Problem> {
+        let (mut size, mut reads_zeroes, mut size_text) = (Self::SIZE, None, None);
+        for &(key, value) in options {
+            match key {
+                "size" => (size, size_text) = (parse_size(key, value)?, Some(value)),
+                "read-zeroes" => reads_zeroes = switch(key, value).map(|_| Some(value))?,
+                "latency-ns" => {
+                    parse_size(key, value)?;
+                }
+                "driver" | "filename" => {}
+                _ if COMMON.contains(&key) => check_common(key, value)?,
+                _ => return Err(Problem::new(format!("Block protocol '{driver}' doesn't support the option '{key}'"))),
+            }
+        }
+        let quote = |text: &str| Value::from(text).to_string();
+        let member = |key: &str, value: Option<&str>| value.map(|value| format!("{}: {}", quote(key), quote(value)));
+        let zeroes = member("read-zeroes", reads_zeroes);
+        let members = [zeroes, member("driver", Some(driver)), member("size", size_text)];
+        let shown = match (reads_zeroes, size_text) {
+            (None, None) => format!("{driver}://"),
+            _ => format!("json:{{{}}}", members.into_iter().flatten().collect::<Vec<_>>().join(", ")),
+        };
+        Ok((Self { driver, size }, shown))
+    }
+}
+
+fn null_driver(name: &str) -> Option<&'static str> {
+    ["null-co", "null-aio"].into_iter().find(|driver| *driver == name)
+}
+
+fn only_name(driver: &str) -> Problem {
+    Problem::new(format!("The only allowed filename for this driver is '{driver}://'"))
 }
 
 impl ImageSpec {
@@ -95,6 +159,17 @@ impl ImageSpec {
     }
 
     fn plain(name: &str, format: Option<&str>) -> Result<Self, Problem> {
+        if let Some(null) = NullDevice::parse(name)? {
+            let format = match format.and_then(null_driver) {
+                Some(driver) if driver == null.driver => Format::File,
+                Some(driver) => return Err(only_name(driver)),
+                None => format.map_or(Ok(Format::Unknown), driver_format)?,
+            };
+            return Ok(Self { null: Some(null), ..Self::of_nowhere(name, name.to_owned(), format) });
+        }
+        if let Some(wanted) = format.and_then(wanted_name) {
+            return Err(Problem::new(wanted));
+        }
         let format = format.map_or(Ok(Format::Unknown), driver_format)?;
         if let Some(address) = Address::parse(name)? {
             return Ok(Self::of_nbd(name, address, format, None));
@@ -110,21 +185,31 @@ impl ImageSpec {
             nbd: None,
             key_secret: None,
             vhd_size: VhdSize::ByCreator,
+            read_only: false,
+            null: None,
+            data_file: None,
         })
     }
 
     fn of_nbd(given: &str, address: Address, format: Format, key_secret: Option<String>) -> Self {
         let shown = address.shown();
-        let (given, file) = (given.to_owned(), shown.clone());
+        Self { nbd: Some(address), key_secret, ..Self::of_nowhere(given, shown, format) }
+    }
+
+    /// What is no file, and how QEMU names it.
+    fn of_nowhere(given: &str, shown: String, format: Format) -> Self {
         Self {
-            given,
-            file,
+            given: given.to_owned(),
+            file: shown.clone(),
             shown,
             format,
             force_share: false,
-            nbd: Some(address),
-            key_secret,
+            nbd: None,
+            key_secret: None,
             vhd_size: VhdSize::ByCreator,
+            read_only: false,
+            null: None,
+            data_file: None,
         }
     }
 
@@ -151,6 +236,11 @@ struct Keys {
     force_share: bool,
     unknown: Option<String>,
     unknown_of_file: Option<String>,
+    data: Vec<(String, String)>,
+    native_aio: bool,
+    read_only: bool,
+    discard: bool,
+    unmaps: bool,
     refused: Option<String>,
     /// All of them, as given.
     given: Vec<(String, String)>,
@@ -161,16 +251,29 @@ impl Keys {
         self.given.push((key.to_owned(), value.to_owned()));
         match key {
             "driver" => self.driver = Some(value.to_owned()),
-            "file" => return Err(no_node(value)),
+            "file" | "data-file" => return Err(no_node(value)),
+            "node-name" if !is_identifier(value) => {
+                return Err(Problem::new(format!("Invalid node-name: '{value}'")));
+            }
+            "discard" => match value {
+                "unmap" | "on" => self.discard = true,
+                "ignore" | "off" => self.discard = false,
+                _ => return Err(Problem::new("Invalid discard option")),
+            },
+            "detect-zeroes" => match value {
+                "on" | "off" | "unmap" => self.unmaps = value == "unmap",
+                _ => return Err(invalid_value(value)),
+            },
             "filename" => self.own_name = Some(value.to_owned()),
             "force-share" => self.force_share |= switch(key, value)?,
+            "read-only" => self.read_only = switch(key, value)?,
             _ if COMMON.contains(&key) => check_common(key, value)?,
             _ => match key.strip_prefix("file.") {
                 Some(key) => {
                     self.has_file = true;
                     self.take_of_file(key, value)?;
                 }
-                None => self.take_of_format(key, value),
+                None => self.take_of_format(key, value)?,
             },
         }
         Ok(())
@@ -180,7 +283,16 @@ impl Keys {
         match key {
             "driver" => self.file_driver = Some(value.to_owned()),
             "filename" => self.file_name = Some(value.to_owned()),
-            "locking" => self.unshared |= value == "off",
+            "locking" => match value {
+                "on" | "auto" => {}
+                "off" => self.unshared = true,
+                _ => return Err(invalid_value(value)),
+            },
+            "aio" => match value {
+                "threads" | "io_uring" => {}
+                "native" => self.native_aio = true,
+                _ => return Err(invalid_value(value)),
+            },
             "force-share" => self.force_share |= switch("file.force-share", value)?,
             _ if COMMON.contains(&key) => check_common(key, value)?,
             _ if OF_FILE.contains(&key) => {}
@@ -190,16 +302,77 @@ impl Keys {
         Ok(())
     }
 
-    fn take_of_format(&mut self, key: &str, value: &str) {
+    fn take_of_format(&mut self, key: &str, value: &str) -> Result<(), Problem> {
         if key.starts_with("encrypt.") || key == "key-secret" {
             self.encryption.push((key.to_owned(), value.to_owned()));
+        } else if let Some(key) = key.strip_prefix("data-file.") {
+            self.data.push((key.to_owned(), value.to_owned()));
         } else if key == "force_size_calc" {
             self.size_calc = Some(value.to_owned());
-        } else if NOT_PROVIDED.contains(&key) || key.starts_with("data-file.") {
+        } else if NOT_PROVIDED.contains(&key) || key.starts_with("backing.") {
             self.refused = Some(key.to_owned());
-        } else if !OF_QCOW2.contains(&key) && !key.starts_with("overlap-check") {
+        } else if QCOW2_SWITCHES.contains(&key) {
+            switch(key, value)?;
+        } else if QCOW2_SIZES.contains(&key) {
+            parse_size(key, value)?;
+        } else if key == "overlap-check" || key == "overlap-check.template" {
+            if !["none", "constant", "cached", "all"].contains(&value) {
+                return Err(Problem::new(format!(
+                    "Unsupported value '{value}' for qcow2 option 'overlap-check'. Allowed are any of the following: none, \
+                     constant, cached, all"
+                )));
+            }
+        } else if let Some(area) = key.strip_prefix("overlap-check.") {
+            switch(&format!("overlap-check.{area}"), value)?;
+        } else {
             self.unknown = Some(key.to_owned());
         }
+        Ok(())
+    }
+
+    /// The external data file that is named.
+    fn data_file(&self) -> Result<Option<String>, Problem> {
+        let mut name = None;
+        for (key, value) in &self.data {
+            match key.as_str() {
+                "driver" | "file.driver" => match driver_format(value)? {
+                    Format::Raw | Format::File => {}
+                    _ => return Err(Problem::new(format!("The driver '{value}' is not provided for a data file"))),
+                },
+                "filename" | "file.filename" => name = Some(value.clone()),
+                key if COMMON.contains(&key) => check_common(key, value)?,
+                key => return Err(Problem::new(format!("Block protocol 'file' doesn't support the option '{key}'"))),
+            }
+        }
+        match name.filter(|name| !name.is_empty()) {
+            Some(name) => Ok(Some(name)),
+            None if self.data.is_empty() => Ok(None),
+            None => Err(Problem::new("The 'file' block driver requires a file name")),
+        }
+    }
+
+    /// The disk that is stored nowhere, if it is one by itself or below a format; and how QEMU names it.
+    fn null(&self) -> Result<Option<(NullDevice, Format, String, String)>, Problem> {
+        let (prefix, driver) = match (self.driver.as_deref(), self.file_driver.as_deref()) {
+            (Some(driver), _) if null_driver(driver).is_some() => ("", driver),
+            (_, Some(driver)) => ("file.", driver),
+            _ => return Ok(None),
+        };
+        let Some(driver) = null_driver(driver) else { return Ok(None) };
+        let own = self.given.iter().filter_map(|(key, value)| Some((key.strip_prefix(prefix)?, value.as_str())));
+        let own: Vec<(&str, &str)> = own.filter(|(key, _)| prefix.is_empty() || *key != "driver").collect();
+        let (null, name) = NullDevice::of_options(driver, &own)?;
+        if prefix.is_empty() {
+            return Ok(Some((null, Format::File, name.clone(), name)));
+        }
+        let format = self.driver.as_deref().map_or(Ok(Format::Unknown), driver_format)?;
+        let shown = match (name.strip_prefix("json:"), &self.driver) {
+            (Some(below), Some(driver)) => {
+                format!("json:{{\"driver\": {}, \"file\": {below}}}", Value::from(driver.as_str()))
+            }
+            _ => name.clone(),
+        };
+        Ok(Some((null, format, name, shown)))
     }
 
     /// The address, if it is an NBD export by itself (`driver=nbd`) or below a format (`file.driver=nbd`).
@@ -223,6 +396,22 @@ impl Keys {
         if let Some((address, format)) = self.nbd()? {
             return Ok(ImageSpec::of_nbd(given, address, format, self.key_secret()));
         }
+        if let Some((null, format, file, shown)) = self.null()? {
+            return Ok(ImageSpec { null: Some(null), shown, ..ImageSpec::of_nowhere(given, file, format) });
+        }
+        let data_file = self.data_file()?;
+        if self.unmaps && !self.discard {
+            return Err(Problem::new(
+                "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap",
+            ));
+        }
+        let is_direct =
+            |(key, value): &(String, String)| key.ends_with("cache.direct") && switch(key, value).is_ok_and(|on| on);
+        if self.native_aio && !self.given.iter().any(is_direct) {
+            return Err(Problem::new(
+                "aio=native was specified, but it requires cache.direct=on, which was not specified.",
+            ));
+        }
         let driver = self.driver.as_deref();
         if driver.is_none() && !self.has_file {
             return Err(Problem::new("Must specify either driver or file"));
@@ -243,8 +432,10 @@ impl Keys {
         let file = named.filter(|name| !name.is_empty());
         let file = file.ok_or_else(|| Problem::new("The 'file' block driver requires a file name"))?;
         let format_name = driver.unwrap_or("raw");
+        let named = self.data.first().map(|(key, _)| format!("data-file.{key}"));
+        let qcow2_only = named.as_deref().filter(|_| !matches!(format, Format::Qcow2 | Format::Unknown));
         let vhd_only = self.size_calc.as_ref().filter(|_| format != Format::Vpc).and(Some("force_size_calc"));
-        let unknown = self.unknown.as_deref().or(vhd_only).or(self
+        let unknown = self.unknown.as_deref().or(qcow2_only).or(vhd_only).or(self
             .own_name
             .as_deref()
             .filter(|_| format != Format::File)
@@ -277,30 +468,25 @@ impl Keys {
             nbd: None,
             key_secret,
             vhd_size,
+            read_only: self.read_only,
+            null: None,
+            data_file,
         })
     }
 }
 
 /// Runtime options of every node that make no difference to a program that reads or writes an image once.
-const COMMON: &[&str] =
-    &["auto-read-only", "cache.direct", "cache.no-flush", "detect-zeroes", "discard", "node-name", "read-only"];
+const COMMON: &[&str] = &["auto-read-only", "cache.direct", "cache.no-flush", "node-name", "read-only"];
 /// Likewise of a file.
-const OF_FILE: &[&str] = &["aio", "aio-max-batch", "drop-cache", "pr-manager", "x-check-cache-dropped"];
+const OF_FILE: &[&str] = &["aio-max-batch", "drop-cache", "pr-manager", "x-check-cache-dropped"];
 /// Likewise of qcow2.
-const OF_QCOW2: &[&str] = &[
-    "cache-clean-interval",
-    "cache-size",
-    "discard-no-unref",
-    "l2-cache-entry-size",
-    "l2-cache-size",
-    "lazy-refcounts",
-    "pass-discard-other",
-    "pass-discard-request",
-    "pass-discard-snapshot",
-    "refcount-cache-size",
-];
+const QCOW2_SWITCHES: &[&str] =
+    &["discard-no-unref", "lazy-refcounts", "pass-discard-other", "pass-discard-request", "pass-discard-snapshot"];
+/// Likewise, with sizes and numbers.
+const QCOW2_SIZES: &[&str] =
+    &["cache-clean-interval", "cache-size", "l2-cache-entry-size", "l2-cache-size", "refcount-cache-size"];
 /// Options of qemu-img that this version lacks.
-const NOT_PROVIDED: &[&str] = &["backing", "data-file", "offset", "size"];
+const NOT_PROVIDED: &[&str] = &["backing", "offset", "size"];
 
 fn check_common(key: &str, value: &str) -> Result<(), Problem> {
     match key {
@@ -315,6 +501,26 @@ fn switch(key: &str, value: &str) -> Result<bool, Problem> {
         "off" | "no" | "false" | "n" => Ok(false),
         _ => Err(Problem::new(format!("Parameter '{key}' expects 'on' or 'off'"))),
     }
+}
+
+fn invalid_value(value: &str) -> Problem {
+    Problem::new(format!("invalid parameter value: {value}"))
+}
+
+/// A name as QEMU allows it for a node.
+fn is_identifier(name: &str) -> bool {
+    name.starts_with(|c: char| c.is_ascii_alphabetic())
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || "-._".contains(c))
+}
+
+/// What a driver that opens no files says of a file's name.
+fn wanted_name(driver: &str) -> Option<String> {
+    Some(match driver {
+        "nbd" => "File name string for NBD must start with 'nbd:'".to_owned(),
+        "vvfat" => "File name string must start with 'fat:'".to_owned(),
+        "quorum" => "Number of provided children must be 1 or more".to_owned(),
+        driver => format!("The only allowed filename for this driver is '{}://'", null_driver(driver)?),
+    })
 }
 
 fn no_node(name: &str) -> Problem {
@@ -359,11 +565,50 @@ fn json_name(encryption: &[(String, String)], driver: Option<&str>, file: &str) 
 /// Flattens the JSON of a `json:` name into dotted keys.
 fn parse_json(text: &str) -> Result<Vec<(String, String)>, Problem> {
     let bad = |reason: String| Problem::new(format!("Could not parse the JSON options: {reason}"));
-    let value: Value = serde_json::from_str(text).map_err(|error| bad(format!("JSON parse error, {error}")))?;
-    let Value::Object(members) = value else { return Err(bad("JSON options must be a JSON object".to_owned())) };
+    if text.trim().is_empty() {
+        return Err(bad("Expecting a JSON value".to_owned()));
+    }
+    let parsed = serde_json::from_str(text).or_else(|error| {
+        // QEMU takes strings in single quotes as well.
+        serde_json::from_str(&double_quoted(text)).map_err(|_| error)
+    });
+    let value: Value = parsed.map_err(|error| match error.is_eof() {
+        true => bad("JSON parse error, premature EOI".to_owned()),
+        false => bad(format!("JSON parse error, {error}")),
+    })?;
+    let Value::Object(members) = value else { return Err(Problem::new("Invalid JSON object given")) };
     let mut keys = Vec::new();
     flatten("", members, &mut keys);
     Ok(keys)
+}
+
+/// JSON with strings in single quotes, rewritten with double ones.
+fn double_quoted(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let (mut quote, mut escaped) = (None, false);
+    for c in text.chars() {
+        match (quote, c) {
+            (Some(_), '\\') if !escaped => escaped = true,
+            (Some(_), c) if escaped => {
+                escaped = false;
+                out.push_str(if c == '\'' { "'" } else { "\\" });
+                if c != '\'' {
+                    out.push(c);
+                }
+            }
+            (Some(open), c) if c == open => {
+                quote = None;
+                out.push('"');
+            }
+            (Some('\''), '"') => out.push_str("\\\""),
+            (None, '"' | '\'') => {
+                quote = Some(c);
+                out.push('"');
+            }
+            (_, c) => out.push(c),
+        }
+    }
+    out
 }
 
 fn flatten(prefix: &str, members: serde_json::Map<String, Value>, keys: &mut Vec<(String, String)>) {

@@ -84,14 +84,16 @@ fn run(program: &Program, args: &[String]) -> (Outcome, Option<String>) {
     let parsed = args::parse(&table, args, Operands::EndOptions);
     for found in &parsed.options {
         match found {
-            (Key::Help, _) => return (print(&help(program, settings.qemu_version)), None),
+            (Key::Help, _) => return (print(&help(program)), None),
             (Key::Version, _) => {
                 let verbose = parsed.options.iter().any(|(key, _)| *key == Key::Verbose);
                 return (print(&version(program, settings.qemu_version, verbose)), None);
             }
             (Key::Verbose, _) => {}
             (Key::Trace, pattern) => {
-                let pattern = pattern.as_deref().unwrap_or_default();
+                let options = pattern.as_deref().unwrap_or_default();
+                let pattern = options.split(',').next().unwrap_or_default();
+                let pattern = pattern.strip_prefix("enable=").unwrap_or(pattern);
                 program.warn(&format!("trace event '{pattern}' does not exist"));
             }
             _ => {
@@ -113,26 +115,29 @@ fn run(program: &Program, args: &[String]) -> (Outcome, Option<String>) {
     }
 }
 
-/// `verbose`: with the sums of the embedded programs.
+/// What callers read to know what to expect; `verbose`: also of what the program itself is, with the sums of the embedded programs.
 fn version(program: &Program, qemu: QemuVersion, verbose: bool) -> String {
-    let known = qemu == QemuVersion::default();
-    let guests = guest::hashes().filter(|_| verbose).map(|(name, hash)| format!("guest {name}: sha256 {hash}\n"));
-    let text = match program.is_qemu_img() {
-        true if known => QEMU_IMG_VERSION.to_owned(),
-        // Callers read the number, to know what to expect.
-        true => format!("qemu-img version {qemu}.0\n"),
-        false => format!(
-            "instar version {} (does as qemu-img {} does)\nCopyright (c) the instar developers\n",
-            env!("CARGO_PKG_VERSION"),
-            if known { "10.0.2".to_owned() } else { qemu.to_string() },
-        ),
+    let mut text = match qemu == QemuVersion::default() {
+        true => QEMU_IMG_VERSION.to_owned(),
+        false => format!("qemu-img version {qemu}.0\n"),
     };
-    text + &guests.collect::<String>()
+    if !program.is_qemu_img() {
+        text = text.replacen("qemu-img", "instar", 1);
+    }
+    if verbose {
+        text.push_str(&own_version());
+        text.extend(guest::hashes().map(|(name, hash)| format!("guest {name}: sha256 {hash}\n")));
+    }
+    text
 }
 
-fn help(program: &Program, qemu: QemuVersion) -> String {
+fn own_version() -> String {
+    format!("instar {}, Copyright (c) the instar developers\n", env!("CARGO_PKG_VERSION"))
+}
+
+fn help(program: &Program) -> String {
     match program.is_qemu_img() {
         true => include_str!("commands/help/qemu-img.txt").to_owned(),
-        false => format!("{}{}", version(program, qemu, false), include_str!("commands/help/instar.txt")),
+        false => format!("{}{}", own_version(), include_str!("commands/help/instar.txt")),
     }
 }

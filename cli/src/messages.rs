@@ -244,6 +244,7 @@ fn field(failure: &Failure) -> String {
         Field::ExtendedL2ClusterSize => return format!("Unsupported subcluster size: {value}"),
         Field::BitmapDirectory => return bitmap_directory(failure),
         Field::EncryptionHeader => "Volume is not in LUKS format",
+        Field::DataFileUnexpected => "'data-file' can only be set for images with an external data file",
         Field::DataFileMissing => "'data-file' is required for this image",
         Field::BackingFormatLength => {
             return format!("ERROR: ext_backing_format: len={value} too large (>={BACKING_FORMAT_ROOM})");

@@ -4,10 +4,11 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use instar_vmm::NbdExport;
-use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat};
+use rustix::fs::{CWD, FileType, MemfdFlags, Mode, OFlags, fstat, ftruncate, memfd_create, openat};
 use rustix::io::Errno;
 
 use crate::cleanup::Leftovers;
+use crate::image_opts::{ImageSpec, NullDevice};
 use crate::lock::{self, Purpose};
 use crate::nbd::Address;
 use crate::problem::{Problem, os_text};
@@ -26,6 +27,15 @@ pub enum FileKind {
     Other,
     /// An NBD export.
     Nbd,
+    /// Nothing but zeroes, by the driver of this name.
+    Null(&'static str),
+}
+
+impl FileKind {
+    /// QEMU's driver answers more than the size.
+    pub fn tells_details(self) -> bool {
+        !matches!(self, Self::Nbd | Self::Null(_))
+    }
 }
 
 /// Facts of an open file.
@@ -93,6 +103,32 @@ impl Opened {
         Ok(Self { fd, stat, locked: false, export: Some(export) })
     }
 
+    /// A disk that is stored nowhere.
+    ///
+    /// # Errors
+    /// Those of the system.
+    pub fn of_null(null: NullDevice) -> Result<Self, Problem> {
+        let failed = |errno: Errno| Problem::new(os_text(errno.raw_os_error()));
+        let fd = memfd_create("null", MemfdFlags::CLOEXEC).map_err(failed)?;
+        ftruncate(&fd, null.size).map_err(failed)?;
+        let memory = Stat::of(fd.as_fd()).map_err(failed)?;
+        let stat = Stat { kind: FileKind::Null(null.driver), allocated: 0, ..memory };
+        Ok(Self { fd, stat, locked: false, export: None })
+    }
+
+    /// Opens what the operator named.
+    ///
+    /// # Errors
+    /// The message, `Could not open 'F': …` where the system refused.
+    pub fn of_spec(spec: &ImageSpec, writable: bool) -> Result<Self, Problem> {
+        match (&spec.nbd, spec.null) {
+            (Some(address), _) => Self::of_nbd(address),
+            (None, Some(null)) => Self::of_null(null),
+            (None, None) if writable => open_to_write(Path::new(&spec.file)),
+            (None, None) => open_to_read(Path::new(&spec.file)),
+        }
+    }
+
     /// Gives it to the guest.
     ///
     /// # Errors
@@ -109,8 +145,8 @@ impl Opened {
     /// # Errors
     /// Another process holds a lock against it.
     pub fn lock(&mut self, purpose: Purpose, name: &str) -> Result<(), Problem> {
-        if self.export.is_some() {
-            // The server knows who else uses it.
+        if self.export.is_some() || matches!(self.stat.kind, FileKind::Null(_)) {
+            // The server knows who else uses it; of the other there is only this one.
             return Ok(());
         }
         self.locked = true;
@@ -174,12 +210,9 @@ const PROTOCOLS: &[&str] = &[
     "iscsi",
     "iser",
     "nfs",
-    "null-aio",
-    "null-co",
     "nvme",
     "rbd",
     "ssh",
-    "zeroinit",
 ];
 
 /// Opens a file for reading that the operator named.
@@ -220,7 +253,7 @@ fn open_existing(path: &Path, mode: OFlags) -> Result<Opened, Problem> {
     let stat = Stat::of(fd.as_fd()).map_err(|errno| Problem::file("open", &name, errno))?;
     match stat.kind {
         FileKind::Regular | FileKind::Block => Ok(Opened::new(fd, stat)),
-        FileKind::Character | FileKind::Other | FileKind::Nbd => Err(not_regular()),
+        FileKind::Character | FileKind::Other | FileKind::Nbd | FileKind::Null(_) => Err(not_regular()),
     }
 }
 
@@ -252,7 +285,7 @@ pub fn create(
     let mut file = Opened::new(fd, stat);
     match stat.kind {
         FileKind::Regular | FileKind::Block => {}
-        FileKind::Character | FileKind::Other | FileKind::Nbd => {
+        FileKind::Character | FileKind::Other | FileKind::Nbd | FileKind::Null(_) => {
             let name = path.display();
             return Err(Problem::new(format!("'file' driver requires '{name}' to be a regular file")));
         }
@@ -277,8 +310,8 @@ fn empty(file: BorrowedFd<'_>) -> Result<(), Errno> {
     }
     let same = format!("/proc/self/fd/{}", file.as_raw_fd());
     match openat(CWD, same, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty()) {
-        Ok(own) => rustix::fs::ftruncate(own, 0),
-        Err(_) => rustix::fs::ftruncate(file, 0),
+        Ok(own) => ftruncate(own, 0),
+        Err(_) => ftruncate(file, 0),
     }
 }
 

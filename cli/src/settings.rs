@@ -171,6 +171,7 @@ impl Settings {
             named_dmg: false,
             vhd_size: 0,
             key: None,
+            data_file_named: false,
         }
     }
 
@@ -184,7 +185,8 @@ impl Settings {
     /// # Errors
     /// As [`key`](Self::key).
     pub fn readable(&self, device: u32, spec: &ImageSpec) -> Result<Source, Problem> {
-        Ok(Source { key: self.key(spec)?, ..self.source_of(device, spec) })
+        let data_file_named = spec.data_file.is_some();
+        Ok(Source { key: self.key(spec)?, data_file_named, ..self.source_of(device, spec) })
     }
 
     /// What opens an encrypted image: the secret that it names, or else `--passphrase-file`.

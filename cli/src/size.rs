@@ -20,10 +20,9 @@ pub enum SizeError {
 pub fn parse(text: &str) -> Result<u64, SizeError> {
     let text = text.trim_start_matches([' ', '\t', '\n', '\r', '\x0b', '\x0c']);
     if let Some(positive) = text.strip_prefix('-') {
-        return match parse_unsigned(positive) {
-            Err(SizeError::Malformed) => Err(SizeError::Malformed),
-            _ => Err(SizeError::OutOfRange),
-        };
+        // A sign is understood before digits alone.
+        let whole = !positive.is_empty() && positive.bytes().all(|byte| byte.is_ascii_digit());
+        return Err(if whole { SizeError::OutOfRange } else { SizeError::Malformed });
     }
     parse_unsigned(text.strip_prefix('+').unwrap_or(text))
 }
@@ -180,16 +179,17 @@ mod tests {
 
     #[test]
     fn malformed_sizes() {
-        for text in
-            ["", "12X", "1MB", "1.5b", "1e3", "10 ", "abc", "-x", "0x", "0x10k", ".", "1.5", "+-5", "1 k", "1kk"]
-        {
+        for text in [
+            "", "12X", "1MB", "1.5b", "1e3", "10 ", "abc", "-x", "0x", "0x10k", ".", "1.5", "+-5", "1 k", "1kk", "-5k",
+            "-0x5",
+        ] {
             assert_eq!(parse(text), Err(SizeError::Malformed), "{text}");
         }
     }
 
     #[test]
     fn sizes_out_of_range() {
-        for text in ["16E", "99999999999999999999", "-1", "-5k", "-0"] {
+        for text in ["16E", "99999999999999999999", "-1", "-0"] {
             assert_eq!(parse(text), Err(SizeError::OutOfRange), "{text}");
         }
     }

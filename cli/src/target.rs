@@ -119,10 +119,10 @@ pub fn open_existing(
     spec: &ImageSpec,
     sources: &Files,
 ) -> Result<(Opened, Granted), Problem> {
-    let mut opened = match &spec.nbd {
-        Some(address) => Opened::of_nbd(address)?,
-        None => open::open_to_write(Path::new(&spec.file))?,
-    };
+    if spec.read_only {
+        return Err(Problem::new("Block node is read-only"));
+    }
+    let mut opened = Opened::of_spec(spec, true)?;
     opened.lock(Purpose::Write, &spec.file)?;
     sources.check_target(&opened.stat)?;
     let granted = opened.grant(machine, true)?;

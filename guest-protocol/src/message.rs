@@ -96,6 +96,9 @@ pub struct Source {
     /// Opens it if it is encrypted.
     #[prost(message, optional, tag = "70")]
     pub key: Option<Key>,
+    /// The user named its external data file: it is to have one.
+    #[prost(bool, tag = "71")]
+    pub data_file_named: bool,
 }
 
 /// What opens an encrypted image, and what that may cost.
@@ -502,6 +505,24 @@ pub enum FindingKind {
     DataOverTables = 23,
     /// `first` and `second` = two blocks that overlap, `third` = the place of the second.
     DataShared = 24,
+    /// A Parallels image was not closed.
+    NotClosed = 25,
+    /// A Parallels header says wrongly where the data begin.
+    DataOffset = 26,
+    /// `first` = number of the table's entry whose cluster lies outside of the image.
+    OutsideImage = 27,
+    /// `first` = bytes at the end of the file that nothing refers to.
+    LeakedAtEnd = 28,
+    /// `first` = number of the table's entry whose cluster another one has.
+    DuplicateEntry = 29,
+    /// `first` = block of a VDI that two entries of the map refer to.
+    BlockUsedTwice = 30,
+    /// `first` = number of the map's entry, `second` = block, which can't be.
+    BlockTooLarge = 31,
+    /// `first` = allocated blocks, `second` = what the header says.
+    AllocatedBlocks = 32,
+    /// `first` = sector of the disk whose grain begins behind the end of the file.
+    GrainBehindEnd = 33,
 }
 
 /// What a check came to.
@@ -969,6 +990,9 @@ pub struct Target {
     /// Opens an encrypted image that exists.
     #[prost(message, optional, tag = "71")]
     pub key: Option<Key>,
+    /// The user named the external data file of the existing image: it is to have one.
+    #[prost(bool, tag = "72")]
+    pub data_file_named: bool,
 }
 
 /// A backing image to record in a new image.
@@ -1635,6 +1659,14 @@ pub enum ResizeRefusal {
     ZeroesVersion = 7,
     /// There are no tables to be allocated.
     NoMetadata = 8,
+    /// The tables do not reach so far, or it is not whole sectors (QED).
+    ImageSize = 9,
+    /// The format can't make its disks shorter.
+    NoShrinking = 10,
+    /// The format allocates nothing in advance: `value2` = the mode.
+    NoPreallocation = 11,
+    /// The format can't hide what a longer backing image holds.
+    NoZeroes = 12,
 }
 
 /// Header fields and tables named by [`Cause::InvalidField`]; of qcow2 where not said otherwise.
@@ -1779,6 +1811,8 @@ pub enum Field {
     VhdDifferencingWrite = 150,
     /// VHD: the disk is larger than 2040 GiB: `value2` = sectors.
     VhdSize = 151,
+    /// An external data file is named for an image without one.
+    DataFileUnexpected = 152,
 }
 
 /// What is wrong with a bitmap directory ([`Field::BitmapDirectory`]).

@@ -60,6 +60,7 @@ fn source() -> m::Source {
         named_dmg: true,
         vhd_size: m::VhdSize::Current.into(),
         key: Some(key()),
+        data_file_named: true,
     }
 }
 
@@ -122,6 +123,7 @@ fn target() -> m::Target {
             filled: true,
         }),
         vhd: Some(m::VhdOptions { fixed: true, force_size: true, timestamp: 7 }),
+        data_file_named: true,
     }
 }
 

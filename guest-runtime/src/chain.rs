@@ -46,6 +46,8 @@ pub struct ChainLayer {
     pub format: Format,
     /// Its main file.
     pub file: FileId,
+    /// See [`OpenImage::status_unit`].
+    pub status_unit: Option<u64>,
 }
 
 /// Opens an image that the user named and everything below it, the top first.
@@ -59,7 +61,8 @@ pub fn open_layers<P: Platform>(platform: &P, source: &Source) -> Result<Vec<Cha
     let mut layers = Vec::new();
     loop {
         let below = open_backing(platform, device, &*image, how)?;
-        layers.push(ChainLayer { format: image.format(), file: FileId(device), disk: image.into_layer() });
+        let (format, status_unit) = (image.format(), image.status_unit());
+        layers.push(ChainLayer { format, file: FileId(device), status_unit, disk: image.into_layer() });
         match below {
             None => return Ok(layers),
             Some(_) if layers.len() >= MAX_CHAIN_DEPTH => return Err(too_deep(device)),

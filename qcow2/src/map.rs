@@ -140,6 +140,49 @@ impl<D: BlockRead> Image<D> {
         })?
     }
 
+    /// As [`BlockMap::kept_at`], but with the full cause of an error: subclusters of an allocated cluster may be left to the backing image.
+    fn kept(&self, offset: u64, max_len: u64) -> Result<(u64, Option<(FileId, u64)>)> {
+        let geometry = self.header.geometry;
+        if !geometry.extended_l2() || self.header.encryption != EncryptionMethod::None {
+            return Ok((max_len, None));
+        }
+        let l1_index = geometry.l1_index(GuestOffset(offset));
+        let table = match self.l1_run(offset, l1_index, max_len)? {
+            L1Run::Empty(count) => {
+                let end = l1_index.saturating_add(count).saturating_mul(geometry.l2_span());
+                return Ok(((end - offset).min(max_len), None));
+            }
+            L1Run::Table(table) => table,
+        };
+        let (index, size) = (geometry.l2_index(GuestOffset(offset)), geometry.l2_entry_size());
+        let at = table.0 + index * size; // below 2^57
+        let count = (self.pages.rest(at) / size).min(geometry.l2_entries() - index);
+        self.pages.view(at, |view| {
+            let entries = view.get(..(count * size) as usize).unwrap_or(view);
+            let rest = geometry.cluster_start(offset).saturating_add(geometry.cluster_size()) - offset;
+            let empty = leading_zeroes(entries) as u64 / size;
+            if empty > 0 {
+                let len = rest.saturating_add((empty - 1).saturating_mul(geometry.cluster_size()));
+                return Ok((len.min(max_len), None));
+            }
+            let entry = self
+                .l2
+                .decode(GuestOffset(offset), word(view, 0), word(view, 8))
+                .map_err(|fault| Error::Corrupt { offset, cause: Corruption::Entry { fault, table, index } })?;
+            let L2Entry::Cluster { host: Some(host), subclusters, .. } = entry else {
+                return Ok((rest.min(max_len), None));
+            };
+            let first = geometry.subcluster_index(GuestOffset(offset));
+            let run = u64::from(first) + u64::from(subclusters.run(first, geometry.subclusters()));
+            let len = geometry.cluster_start(offset) + run * geometry.subcluster_size() - offset;
+            let place = match subclusters.state(first) {
+                SubclusterState::Unallocated => Some((self.guest_file()?, host.0 + geometry.in_cluster(offset))),
+                _ => None,
+            };
+            Ok((len.min(max_len), place))
+        })?
+    }
+
     /// The long runs of common images, without a look at each part of each entry: nothing allocated, or clusters one behind the
     /// other. `None` if the entries do not begin with one.
     fn uniform_run(&self, offset: u64, view: &[u8], count: u64) -> Result<Option<Extent>> {
@@ -317,5 +360,9 @@ impl<D: BlockRead> Image<D> {
 impl<D: BlockRead> BlockMap for Image<D> {
     fn extent_at(&self, offset: u64, max_len: u64) -> BlockResult<Extent> {
         Ok(self.locate(offset, max_len)?)
+    }
+
+    fn kept_at(&self, offset: u64, max_len: u64) -> BlockResult<(u64, Option<(FileId, u64)>)> {
+        Ok(self.kept(offset, max_len)?)
     }
 }

@@ -5,7 +5,7 @@ use instar_blockio::{BlockAlloc, BlockRead, BlockWrite, Error, ErrorKind, Result
 use crate::header::Autoclear;
 use crate::l2::{L2Entry, SubclusterState, Subclusters};
 use crate::store::zeroed;
-use crate::write::{Writer, is_unallocated, zero_entry};
+use crate::write::{Writer, zero_entry};
 
 /// Longest write of zeroes as data, bytes.
 const MAX_ZEROES: u64 = 1 << 20;
@@ -79,10 +79,7 @@ impl<D: BlockWrite> Writer<D> {
         let geometry = self.header.geometry;
         let mut offset = start;
         while offset < end {
-            if self.table(offset)?.is_none() && !self.has_backing() {
-                offset = offset - offset % geometry.l2_span() + geometry.l2_span();
-                continue;
-            }
+            // Also where nothing is allocated and nothing lies below, as QEMU does.
             let table = self.own_table(offset)?;
             let guest = geometry.cluster_start(offset);
             let next = guest + geometry.cluster_size();
@@ -91,7 +88,7 @@ impl<D: BlockWrite> Writer<D> {
             let old = self.entry_in(table, guest)?;
             if matches!(old, L2Entry::Compressed { .. }) && !whole {
                 self.write_zero_bytes(offset, end.min(next) - offset)?;
-            } else if !is_unallocated(old) || self.has_backing() {
+            } else {
                 let new = if whole { self.zeroed_entry(old, mode) } else { with_zeroes(old, mask) };
                 self.replace(table, guest, old, new)?;
             }

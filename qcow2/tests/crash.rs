@@ -4,9 +4,11 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::process::Command;
+use std::sync::{Arc, Mutex, MutexGuard};
 
+use instar_blockio::check::Repair;
 use instar_blockio::test::{CrashLog, Trace};
-use instar_blockio::{BlockRead, BlockWrite, FileId, MemBlock, Overlay, ZeroMode};
+use instar_blockio::{BlockRead, BlockWrite, FileId, Limits, MemBlock, Overlay, Result, ZeroMode};
 use instar_qcow2::{
     CreateOptions, Growth, GuestOffset, Header, Image, L1Entry, L2Entry, L2Format, OpenOptions, Preallocation, Writer,
     create,
@@ -397,6 +399,131 @@ fn emptied_in_place() {
                     image.set_size(1 << 20).unwrap();
                 }
                 image.finish().unwrap();
+            }
+        }
+    }
+}
+
+/// A file that is read by one and written by another.
+struct Shared<D>(Arc<Mutex<D>>);
+
+impl<D> Clone for Shared<D> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<D> Shared<D> {
+    fn new(disk: D) -> Self {
+        Self(Arc::new(Mutex::new(disk)))
+    }
+
+    fn disk(&self) -> MutexGuard<'_, D> {
+        self.0.lock().unwrap()
+    }
+}
+
+impl<D: BlockRead> BlockRead for Shared<D> {
+    fn size(&self) -> u64 {
+        self.disk().size()
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.disk().read_at(offset, buf)
+    }
+
+    fn limits(&self) -> Limits {
+        self.disk().limits()
+    }
+}
+
+impl<D: BlockWrite> BlockWrite for Shared<D> {
+    fn write_at(&mut self, offset: u64, buf: &[u8]) -> Result<()> {
+        self.disk().write_at(offset, buf)
+    }
+
+    fn write_zeroes(&mut self, offset: u64, len: u64, mode: ZeroMode) -> Result<()> {
+        self.disk().write_zeroes(offset, len, mode)
+    }
+
+    fn discard(&mut self, offset: u64, len: u64) -> Result<()> {
+        self.disk().discard(offset, len)
+    }
+
+    fn set_size(&mut self, size: u64) -> Result<()> {
+        self.disk().set_size(size)
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        self.disk().flush()
+    }
+}
+
+/// Repairs all that can be.
+fn repair<D: BlockWrite>(disk: &Shared<D>) {
+    let image = Image::open(disk.clone(), FileId(0), &OpenOptions::default()).unwrap();
+    let all = Repair { leaks: true, corruptions: true };
+    image.repair(&mut disk.clone(), all, &mut |_| ()).unwrap();
+}
+
+/// Kinds of damage to the refcounts of an image, which don't change what it holds.
+fn damaged(file: &MemBlock, kind: &str) -> MemBlock {
+    let header = Header::parse(file.as_bytes()).unwrap();
+    let mut bytes = file.as_bytes().to_vec();
+    let block = word(&bytes, header.refcount_table_offset.0) as usize;
+    let cluster = header.geometry.cluster_size() as usize;
+    let clusters = bytes.len().div_ceil(cluster).min(cluster / 2);
+    let mut change = |number: usize, by: &dyn Fn(u16) -> u16| {
+        let at = block + number * 2;
+        let count = u16::from_be_bytes([bytes[at], bytes[at + 1]]);
+        bytes[at..at + 2].copy_from_slice(&by(count).to_be_bytes());
+    };
+    match kind {
+        "leaks" => (0..clusters).step_by(3).for_each(|number| change(number, &|count| count + 1)),
+        "too few" => (4..clusters).step_by(3).for_each(|number| change(number, &|count| count.saturating_sub(1))),
+        "both" => (4..clusters).for_each(|number| change(number, &|count| count.wrapping_add(number as u16) % 3)),
+        "lost block" => {
+            let at = header.refcount_table_offset.0 as usize;
+            bytes[at..at + 8].fill(0);
+        }
+        _ => {
+            let l1 = header.l1_offset.0 as usize;
+            (0..header.l1_entries as usize).for_each(|index| bytes[l1 + index * 8] ^= 0x80);
+        }
+    }
+    MemBlock::from(bytes)
+}
+
+/// A repair that a crash ends at any write or flush has changed nothing of what the image holds, and can be done again.
+#[test]
+fn repaired_in_place() {
+    let have_qemu = Command::new("qemu-img").arg("--version").output().is_ok();
+    let dir = tempfile::tempdir().unwrap();
+    let base = CreateOptions { size: 128 << 10, cluster_size: 512, ..CreateOptions::default() };
+    for options in [base.clone(), CreateOptions { cluster_size: 16384, size: 1 << 20, extended_l2: true, ..base }] {
+        let sound = image_with_data(&options);
+        let contents = picture(sound.clone());
+        for kind in ["leaks", "too few", "both", "lost block", "copied flags"] {
+            let (log, trace) = CrashLog::new(damaged(&sound, kind));
+            repair(&Shared::new(log));
+            let events = trace.events().len();
+            assert!(events > 1, "{kind}: nothing was repaired");
+            let states: Vec<_> = trace.states(5, 3).collect();
+            let stride = states.len().div_ceil(150);
+            for (number, state) in states.into_iter().step_by(stride).enumerate() {
+                let what = format!("{kind}: cut {} of {events}, variant {}", state.cut, state.variant);
+                assert!(picture(state.disk.clone()) == contents, "{what}");
+                let again = Shared::new(state.disk);
+                repair(&again);
+                let disk = again.disk().clone();
+                check(disk.as_bytes());
+                assert!(picture(disk.clone()) == contents, "{what}, repaired again");
+                if have_qemu && number % 29 == 0 {
+                    let path = dir.path().join("state");
+                    fs::write(&path, disk.as_bytes()).unwrap();
+                    let judged = Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(&path).output().unwrap();
+                    assert!(judged.status.success(), "{what}: {}", String::from_utf8_lossy(&judged.stdout));
+                }
             }
         }
     }

@@ -10,7 +10,7 @@ use instar_guest_protocol::message::{
 use super::{CommandLine, Objects, Settings, is_cache_mode};
 use crate::args::{Key, Opt};
 use crate::creation::{self, creatable, seed};
-use crate::files::{Access, Files, Refusal};
+use crate::files::{Access, Files, Refusal, open_data, unnamed_to_write};
 use crate::formats;
 use crate::image_opts::ImageSpec;
 use crate::lock::Purpose;
@@ -18,7 +18,7 @@ use crate::open::{Opened, join_name};
 use crate::options::{self, OptionList, Options, split};
 use crate::output::progress::{ProgressLine, Show};
 use crate::pace::Pace;
-use crate::problem::Problem;
+use crate::problem::{Problem, printable};
 use crate::program::{Fail, Outcome, Program, print};
 use crate::sandbox::{self, Granted, Host, Limits, Machine, Vm, Work};
 use crate::size;
@@ -339,7 +339,7 @@ fn convert(
         quiet: arguments.quiet,
         plan,
         late,
-        existing: None,
+        existing: Vec::new(),
         progress,
         pace: Pace::start(arguments.rate),
     };
@@ -433,7 +433,9 @@ impl Plan {
             format => format,
         };
         let vmdk = (format == Format::Vmdk).then(creation::vmdk::existing);
-        let wire = Target { format: format.into(), existing: true, vmdk, seed: seed(), ..Target::default() };
+        let data_file_named = spec.data_file.is_some();
+        let wire =
+            Target { format: format.into(), existing: true, vmdk, seed: seed(), data_file_named, ..Target::default() };
         Ok(Self {
             given: target.to_owned(),
             format,
@@ -522,7 +524,7 @@ struct ConvertHost<'a> {
     plan: Result<Plan, Problem>,
     /// What is wrong with the target's backing image, told once the target is made.
     late: Option<Problem>,
-    existing: Option<Opened>,
+    existing: Vec<Opened>,
     progress: &'a mut ProgressLine,
     pace: Pace,
 }
@@ -535,13 +537,13 @@ impl ConvertHost<'_> {
             Err(problem) => return Err(problem.clone()),
         };
         if let Some(spec) = &plan.existing {
-            if role != FileRole::Target {
-                return Err(Problem::new("Writing into the external data file of an existing image is not provided"));
-            }
-            let opened = open_existing(machine, spec, &self.files);
+            let opened = match role {
+                FileRole::Target => open_existing(machine, spec, &self.files),
+                _ => Err(Problem::new("The sandbox asked for a file that is not wanted")),
+            };
             let (file, granted) =
                 opened.map_err(|problem| problem.within(format!("Could not open '{}'", spec.given)))?;
-            self.existing = Some(file);
+            self.existing.push(file);
             return Ok(granted);
         }
         if let Some(problem) = plan.early.take() {
@@ -558,6 +560,25 @@ impl ConvertHost<'_> {
             Some(problem) => Err(problem.within(format!("Could not open '{}'", plan.given))),
             None => Ok(granted),
         }
+    }
+
+    /// Opens the external data file of a target that exists, which the operator has to name. Problems are complete.
+    fn open_target_data(&mut self, machine: &mut dyn Machine, wanted: &OpenFile) -> Result<Granted, Problem> {
+        let spec = match &self.plan {
+            Ok(Plan { existing: Some(spec), .. }) => spec,
+            Ok(_) => return Err(Problem::new("The sandbox asked for a data file that is not wanted")),
+            Err(problem) => return Err(problem.clone()),
+        };
+        let opened = match &spec.data_file {
+            None => Err(unnamed_to_write(&printable(
+                join_name(&spec.file, &String::from_utf8_lossy(&wanted.name)).as_bytes(),
+            ))),
+            Some(name) => open_data(machine, name, true, self.access),
+        };
+        let checked = opened.and_then(|(file, granted)| self.files.check_target(&file.stat).map(|()| (file, granted)));
+        let (file, granted) = checked.map_err(|problem| problem.within(format!("Could not open '{}'", spec.given)))?;
+        self.existing.push(file);
+        Ok(granted)
     }
 
     /// A problem with an image that is read, from the place where the operator named it.
@@ -631,6 +652,13 @@ impl Host for ConvertHost<'_> {
                     }
                 }
             }
+            role @ FileRole::Data if wanted.writable => match self.open_target_data(machine, wanted) {
+                Ok(granted) => Some(granted),
+                Err(problem) => {
+                    self.files.refuse(Refusal { referrer: None, role, shown: String::new(), problem });
+                    None
+                }
+            },
             _ => self.files.open_embedded(machine, wanted, self.access),
         }
     }

@@ -1,6 +1,6 @@
 //! What qemu-img says of new sizes, backing files and committed images.
 
-use instar_guest_protocol::message::{Cause, Failure, Format, ResizeRefusal, Step};
+use instar_guest_protocol::message::{Cause, Failure, Format, Preallocation, ResizeRefusal, Step};
 
 use super::general;
 use crate::formats;
@@ -32,6 +32,18 @@ fn refusal(failure: &Failure) -> String {
         ResizeRefusal::TooLarge => format!("Failed to grow the L1 table: {}", os_text(EFBIG)),
         ResizeRefusal::ZeroesVersion => format!("Failed to zero out new clusters: {}", os_text(EOPNOTSUPP)),
         ResizeRefusal::NoMetadata => "Unsupported preallocation mode: metadata".to_owned(),
+        ResizeRefusal::ImageSize => "Invalid image size specified".to_owned(),
+        ResizeRefusal::NoShrinking => "Shrinking images is currently not supported".to_owned(),
+        ResizeRefusal::NoPreallocation => {
+            let mode = match Preallocation::try_from(failure.value2 as i32).unwrap_or_default() {
+                Preallocation::Off => "off",
+                Preallocation::Metadata => "metadata",
+                Preallocation::Falloc => "falloc",
+                Preallocation::Full => "full",
+            };
+            format!("Unsupported preallocation mode '{mode}'")
+        }
+        ResizeRefusal::NoZeroes => "Block driver does not support requested flags".to_owned(),
         ResizeRefusal::Unspecified => "The disk can't get this size".to_owned(),
     }
 }

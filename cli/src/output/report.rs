@@ -62,6 +62,7 @@ impl Described<'_> {
         match (self.is_file(), self.stat.kind) {
             (true, FileKind::Block) => "host_device",
             (true, FileKind::Nbd) => "nbd",
+            (true, FileKind::Null(driver)) => driver,
             (true, _) => "file",
             _ => formats::name(self.format()),
         }
@@ -181,7 +182,7 @@ impl Described<'_> {
         if self.stat.kind != FileKind::Nbd {
             put("actual-size", Node::Int(self.stat.allocated));
         }
-        if self.is_file() && self.stat.kind != FileKind::Nbd && self.version.shows_child_nodes() {
+        if self.is_file() && self.stat.kind.tells_details() && self.version.shows_child_nodes() {
             put("format-specific", file_specific());
         } else if let Some((kind, data)) = self.format_specific() {
             put("format-specific", Node::Dict(vec![("type", Node::text(kind)), ("data", Node::Dict(data))]));
@@ -196,7 +197,7 @@ impl Described<'_> {
         // The raw driver passes the question on, and NBD has no answer.
         let raw = matches!(self.format(), Format::Raw | Format::File);
         let unanswered = matches!(self.format(), Format::Parallels | Format::Dmg | Format::Bochs | Format::Cloop);
-        if !unanswered && (!raw || self.stat.kind != FileKind::Nbd) {
+        if !unanswered && (!raw || self.stat.kind.tells_details()) {
             put("dirty-flag", Node::Bool(self.info.dirty));
         }
         members.extend(self.extra.iter().cloned());
@@ -255,6 +256,7 @@ fn protocol_of(kind: FileKind) -> &'static str {
     match kind {
         FileKind::Block => "host_device",
         FileKind::Nbd => "nbd",
+        FileKind::Null(driver) => driver,
         _ => "file",
     }
 }
@@ -272,7 +274,7 @@ fn child(node: &str, name: &str, stat: Stat, len: u64) -> Node {
     if stat.kind == FileKind::Regular {
         info.push(("format-specific", file_specific()));
     }
-    if stat.kind != FileKind::Nbd {
+    if stat.kind.tells_details() {
         info.push(("dirty-flag", Node::Bool(false)));
     }
     Node::Dict(vec![("name", Node::text(node)), ("info", Node::Dict(info))])

@@ -48,6 +48,10 @@ impl<P: Platform, I: Layer + 'static> OpenImage<P> for Legacy<I> {
         }
     }
 
+    fn status_unit(&self) -> Option<u64> {
+        self.facts.cluster_size.filter(|_| matches!(self.format, Format::Qcow | Format::Vdi))
+    }
+
     fn references(&self) -> Vec<Reference> {
         let reference = |name: &Vec<u8>| Reference { role: FileRole::Backing.into(), name: name.clone() };
         self.facts.backing_file.iter().map(reference).collect()

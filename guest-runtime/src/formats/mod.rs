@@ -28,8 +28,8 @@ use alloc::vec::Vec;
 use instar_blockio::check::CheckReport;
 use instar_blockio::{BlockAlloc, BlockRead, BlockWrite, Codec, FileId, Layer, ReadPart, SectorCipher};
 use instar_guest_protocol::message::{
-    Cause, CheckFinding, Failure, Format, ImageInfo, Key, OptionError, Reference, SnapshotSelector, Source, Step,
-    Target, VhdSize,
+    Cause, CheckFinding, Failure, Field, Format, ImageInfo, Key, OptionError, Reference, SnapshotSelector, Source,
+    Step, Target, VhdSize,
 };
 
 use self::target::TargetDisk;
@@ -41,6 +41,7 @@ pub(crate) use self::luks_keys::change_keys;
 pub(crate) use self::qcow2::open_data_file;
 pub use self::qcow2::{bitmap_info, qcow2_failure, snapshot_info};
 pub(crate) use self::qcow2::{finding_info, repair_if_dirty};
+pub(crate) use self::qed::resize as resize_qed;
 pub(crate) use self::raw::write_full;
 
 /// An opened image: its main file has been looked at, further files have not.
@@ -116,6 +117,11 @@ pub trait OpenImage<P: Platform>: Send {
         None
     }
 
+    /// One answer of QEMU's driver about what is allocated does not reach over multiples of so many bytes of the disk.
+    fn status_unit(&self) -> Option<u64> {
+        None
+    }
+
     /// The image as a layer of a chain.
     fn into_layer(self: Box<Self>) -> Box<dyn Layer>;
 
@@ -177,6 +183,11 @@ pub trait MappedImage<P: Platform>: Send {
 
     /// The disk, to be written.
     fn disk_mut(&mut self) -> &mut dyn ImageWriter;
+
+    /// Bytes of a cluster, where those are not what is allocated at once.
+    fn cluster_size(&self) -> u64 {
+        self.disk().alloc_unit()
+    }
 
     /// How units of it are compressed; `None` if it stores nothing compressed.
     fn compression(&self) -> Option<Compression> {
@@ -268,6 +279,11 @@ pub fn open_named<P: Platform>(platform: &P, source: &Source) -> Result<Box<dyn 
     }
     let format = format_by_name(platform, source.device, source.format(), source.named_dmg)?;
     let mut image = open_image(platform, source.device, format, source.strict, source.vhd_size())?;
+    if source.data_file_named && image.as_qcow2().is_some_and(|image| !image.needs_data_file()) {
+        let id = FileId(source.device);
+        let field = Field::DataFileUnexpected as u64;
+        return Err(Failure { value: field, format: format.into(), ..about(Step::Open, id, Cause::InvalidField) });
+    }
     if let Some(key) = &source.key {
         image.unlock(platform, key)?;
     }
@@ -393,13 +409,25 @@ pub fn open_in_place<P: Platform>(
 ) -> Result<TargetImage<P>, Failure> {
     match format {
         Format::Raw | Format::File => raw::open_in_place(platform, device),
-        Format::Qcow2 => qcow2::open_in_place(platform, device, durable),
+        Format::Qcow2 => qcow2::open_in_place(platform, device, durable, true),
         Format::Luks => luks::open_in_place(platform, device),
         format => {
             let id = FileId(device);
             Err(Failure { format: format.into(), ..about(Step::Open, id, Cause::FormatNotSupported) })
         }
     }
+}
+
+/// Opens the qcow2 image on a granted, writable device to write its metadata. An external data file stays as it is.
+///
+/// # Errors
+/// An image that can't be written.
+pub fn open_metadata_in_place<P: Platform>(
+    platform: &P,
+    device: u32,
+    durable: bool,
+) -> Result<TargetImage<P>, Failure> {
+    qcow2::open_in_place(platform, device, durable, false)
 }
 
 /// Options of a new image that contradict each other.

@@ -125,6 +125,10 @@ impl<P: Platform> OpenImage<P> for Qcow2<P> {
         self.image.select_snapshot(wanted).map_err(|error| qcow2_failure(Step::Snapshot, self.id, error))
     }
 
+    fn status_unit(&self) -> Option<u64> {
+        Some(self.image.header().geometry.l2_span())
+    }
+
     fn into_layer(self: Box<Self>) -> Box<dyn Layer> {
         self.image
     }
@@ -323,26 +327,45 @@ pub(super) fn open_target<P: Platform>(
     durable: bool,
 ) -> Result<TargetImage<P>, Failure> {
     let file = open_target_file(platform, FileRole::Target, size)?;
-    open_writer(platform, file, target.key.as_ref(), Step::OpenTarget, durable)
+    let how = Opening { step: Step::OpenTarget, durable, writes_data: true, data_file_named: target.data_file_named };
+    open_writer(platform, file, target.key.as_ref(), how)
 }
 
-/// Opens the image on a granted device to write into it.
-pub(super) fn open_in_place<P: Platform>(platform: &P, device: u32, durable: bool) -> Result<TargetImage<P>, Failure> {
-    open_writer(platform, granted_target_file(platform, device)?, None, Step::Open, durable)
+/// Opens the image on a granted device to write into it; `writes_data`: also into its external data file.
+pub(super) fn open_in_place<P: Platform>(
+    platform: &P,
+    device: u32,
+    durable: bool,
+    writes_data: bool,
+) -> Result<TargetImage<P>, Failure> {
+    let how = Opening { step: Step::Open, durable, writes_data, data_file_named: false };
+    open_writer(platform, granted_target_file(platform, device)?, None, how)
+}
+
+/// How an image is opened to be written.
+struct Opening {
+    /// At which errors are told.
+    step: Step,
+    durable: bool,
+    writes_data: bool,
+    data_file_named: bool,
 }
 
 fn open_writer<P: Platform>(
     platform: &P,
     main: TargetFile<P>,
     key: Option<&Key>,
-    step: Step,
-    durable: bool,
+    Opening { step, durable, writes_data, data_file_named }: Opening,
 ) -> Result<TargetImage<P>, Failure> {
     let (id, block_device) = (main.id, main.block_device);
     let failed = |error| qcow2_failure(step, id, error);
     let image = qcow2::Image::open(main.file.clone(), id, &qcow2::OpenOptions::default()).map_err(failed)?;
     let data = match image.needs_data_file() {
-        true => Some(open_data_file(platform, id, image.data_file_name(), true)?),
+        true => Some(open_data_file(platform, id, image.data_file_name(), writes_data)?),
+        false if data_file_named => {
+            let field = Field::DataFileUnexpected as u64;
+            return Err(Failure { value: field, ..about(step, id, Cause::InvalidField) });
+        }
         false => None,
     };
     let data = data.map(|(file, id)| (TargetDisk::new(file, durable), id));
@@ -368,6 +391,10 @@ impl<P: Platform> MappedImage<P> for Qcow2Target<P> {
 
     fn disk_mut(&mut self) -> &mut dyn ImageWriter {
         &mut self.writer
+    }
+
+    fn cluster_size(&self) -> u64 {
+        self.writer.header().geometry.cluster_size()
     }
 
     fn compression(&self) -> Option<Compression> {

@@ -3,12 +3,13 @@
 use alloc::boxed::Box;
 
 use instar_blockio::FileId;
-use instar_guest_protocol::message::{Cause, Failure, Format, FormatFault, OptionError, Step, Target};
+use instar_guest_protocol::message::{Cause, Failure, Format, FormatFault, OptionError, ResizeRefusal, Step, Target};
 use instar_legacy::qed::{
     CreateOptions, Error, Image, OpenOptions, OptionError as Wrong, Writer, create as create_qed,
 };
 
 use super::legacy::{Facts, Legacy, fault, io, not_in_format, target};
+use super::target::TargetDisk;
 use super::{OpenImage, TargetImage, invalid_options};
 use crate::ops::failure::about;
 use crate::platform::{File, Platform};
@@ -51,6 +52,22 @@ pub(super) fn create<P: Platform>(
 pub(super) fn open_target<P: Platform>(platform: &P, size: u64, durable: bool) -> Result<TargetImage<P>, Failure> {
     target(platform, size, durable, |disk, id| {
         Ok((Writer::open(disk, id).map_err(|error| failure(Step::OpenTarget, id, error))?, None))
+    })
+}
+
+/// Gives the disk of an image another size, which takes one write of its header. An image that was not closed is repaired before.
+///
+/// # Errors
+/// A size that can't be; an image that can't be repaired.
+pub(crate) fn resize<P: Platform>(platform: &P, id: FileId, size: u64) -> Result<(), Failure> {
+    let file = platform.file(id.0).ok_or_else(|| about(Step::Open, id, Cause::BadRequest))?;
+    let mut writer = Writer::open(TargetDisk::new(file, true), id).map_err(|error| failure(Step::Open, id, error))?;
+    let resized = writer.resize(size);
+    resized.map_err(|error| match error {
+        Error::ImageSize(_) => {
+            Failure { value: ResizeRefusal::ImageSize as u64, ..about(Step::Edit, id, Cause::ResizeRefused) }
+        }
+        error => failure(Step::Edit, id, error),
     })
 }
 

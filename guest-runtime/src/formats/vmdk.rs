@@ -7,8 +7,8 @@ use alloc::vec::Vec;
 use instar_blockio::check::CheckReport;
 use instar_blockio::{Codec, FileId, Layer};
 use instar_guest_protocol::message::{
-    Cause, CheckFinding, Failure, FileRole, Format, ImageInfo, Reference, SnapshotSelector, Step, Target, VmdkExtent,
-    VmdkFault, VmdkInfo,
+    Cause, CheckFinding, Failure, FileRole, FindingKind, Format, ImageInfo, Reference, SnapshotSelector, Step, Target,
+    VmdkExtent, VmdkFault, VmdkInfo,
 };
 use instar_vmdk::{
     CreateOptions, Error, ExtentType, GRAIN, Image, OpenOptions, Subformat, Writer, create as create_vmdk,
@@ -60,7 +60,16 @@ impl<P: Platform> OpenImage<P> for Vmdk<P> {
     }
 
     fn check(&self, found: &mut dyn FnMut(CheckFinding)) -> Option<Result<CheckReport, Failure>> {
-        let report = instar_vmdk::check(&self.image, &mut |_| found(CheckFinding::default()));
+        let report = instar_vmdk::check(&self.image, &mut |finding| {
+            found(match finding {
+                instar_vmdk::Finding::GrainOutside { offset, .. } => CheckFinding {
+                    kind: FindingKind::GrainBehindEnd.into(),
+                    first: offset / 512,
+                    ..CheckFinding::default()
+                },
+                _ => CheckFinding::default(),
+            });
+        });
         let report = report.map_err(|error| failure(Step::Map, self.id, error));
         Some(report.map(|report| CheckReport { corruptions: report.corruptions, ..CheckReport::default() }))
     }

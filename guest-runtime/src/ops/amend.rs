@@ -16,7 +16,8 @@ use crate::platform::Platform;
 /// # Errors
 /// What the host makes its message of.
 pub fn run<P: Platform>(platform: &P, request: &AmendRequest) -> Result<EditReply, Failure> {
-    match edit::open(platform, &request.image, true)? {
+    let resizes = request.options.as_ref().is_some_and(|options| options.size.is_some());
+    match edit::open(platform, &request.image, true, resizes)? {
         Editable::Qcow2(mut image) => match &request.options {
             Some(options) => {
                 let done = amend(platform, &request.image, &mut image, options, request.progress);

@@ -24,7 +24,7 @@ const USUAL_GRANULARITY: core::ops::RangeInclusive<u64> = 4096..=65536;
 /// # Errors
 /// What the host makes its message of.
 pub fn run<P: Platform>(platform: &P, request: &BitmapRequest) -> Result<EditReply, Failure> {
-    let opened = edit::open(platform, &request.image, false)?;
+    let opened = edit::open(platform, &request.image, false, false)?;
     let source = request.source.as_ref().map(|source| Other::open(platform, source)).transpose()?;
     match opened {
         Editable::Qcow2(mut image) => {

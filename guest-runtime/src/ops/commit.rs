@@ -14,7 +14,9 @@ use instar_qcow2::{self as qcow2, Growth, Writer};
 use crate::chain::{Opening, open_backing, open_below, request_base, too_deep};
 use crate::detect::{HEAD_LEN, detect};
 use crate::formats::target::TargetDisk;
-use crate::formats::{OpenImage, TargetImage, open_image, open_in_place, open_named, qcow2_failure};
+use crate::formats::{
+    OpenImage, TargetImage, open_image, open_in_place, open_metadata_in_place, open_named, qcow2_failure,
+};
 use crate::ops::convert::fill::read_under;
 use crate::ops::convert::{Pace, into_image_below};
 use crate::ops::failure::{about, block, failure};
@@ -35,7 +37,7 @@ pub fn run<P: Platform>(platform: &P, request: &CommitRequest) -> Result<EditRep
     let of_format = |failure: Failure| Failure { format: format.into(), ..failure };
     if format == Format::Qcow2 {
         // Can it be emptied afterwards?
-        drop(open_in_place(platform, device, format, request.flush)?);
+        drop(open_metadata_in_place(platform, device, request.flush)?);
     }
     let Chain { layers, base } = Chain::open(platform, device, top, Opening::of(&request.image, true))?;
     let source: Box<dyn Layer> = Box::new(Overlay::new(layers));
@@ -51,7 +53,7 @@ pub fn run<P: Platform>(platform: &P, request: &CommitRequest) -> Result<EditRep
 
 /// Empties the image that was committed.
 fn empty<P: Platform>(platform: &P, device: u32, durable: bool) -> Result<(), Failure> {
-    if let TargetImage::Mapped(mut image) = open_in_place(platform, device, Format::Qcow2, durable)? {
+    if let TargetImage::Mapped(mut image) = open_metadata_in_place(platform, device, durable)? {
         if let Some(writer) = image.as_qcow2_mut() {
             writer.make_empty().map_err(|error| qcow2_failure(Step::Empty, FileId(device), error))?;
         }

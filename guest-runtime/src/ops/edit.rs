@@ -30,12 +30,17 @@ pub(super) struct Qcow2<P: Platform> {
 }
 
 /// Opens an image that the user named, on a writable device. `chain`: its backing chain must be there, though nothing of it is read,
-/// as with qemu-img.
-pub(super) fn open<P: Platform>(platform: &P, source: &Source, chain: bool) -> Result<Editable<P>, Failure> {
+/// as with qemu-img. `writes_data`: an external data file is written as well.
+pub(super) fn open<P: Platform>(
+    platform: &P,
+    source: &Source,
+    chain: bool,
+    writes_data: bool,
+) -> Result<Editable<P>, Failure> {
     let id = FileId(source.device);
     let mut image = open_named(platform, source)?;
     let opened = match image.as_qcow2() {
-        Some(qcow2) => Editable::Qcow2(Box::new(open_qcow2(platform, id, qcow2)?)),
+        Some(qcow2) => Editable::Qcow2(Box::new(open_qcow2(platform, id, qcow2, writes_data)?)),
         None => {
             if image.format() == Format::Luks {
                 image.open_parts(platform)?;
@@ -53,10 +58,11 @@ fn open_qcow2<P: Platform>(
     platform: &P,
     id: FileId,
     image: &qcow2::Image<crate::platform::File<P>>,
+    writes_data: bool,
 ) -> Result<Qcow2<P>, Failure> {
     let failed = |error| qcow2_failure(Step::Open, id, error);
     let data = match image.needs_data_file() {
-        true => Some(open_data_file(platform, id, image.data_file_name(), false)?),
+        true => Some(open_data_file(platform, id, image.data_file_name(), writes_data)?),
         false => None,
     };
     let data = data.map(|(file, id)| (TargetDisk::new(file, true), id));

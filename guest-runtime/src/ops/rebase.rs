@@ -21,7 +21,9 @@ use instar_guest_protocol::message::{
 };
 
 use crate::chain::{Opening, open_below, open_source};
-use crate::formats::{ImageWriter, MappedImage, OpenImage, TargetImage, open_in_place, open_named, qcow2_failure};
+use crate::formats::{
+    ImageWriter, MappedImage, OpenImage, TargetImage, open_in_place, open_metadata_in_place, open_named, qcow2_failure,
+};
 use crate::lock::Lock;
 use crate::ops::convert::fill::{Batch, Fault, Outcome, Scratch, fill};
 use crate::ops::convert::mapped::{Finished, MappedTarget, Piece, PieceKind};
@@ -48,6 +50,7 @@ pub fn run<P: Platform>(platform: &P, request: &RebaseRequest) -> Result<EditRep
     let backings = if request.only_name { None } else { Some(Backings::open(platform, request, &*image)?) };
     drop(image);
     let target = match is_qcow2 {
+        true if request.only_name => open_metadata_in_place(platform, request.image.device, request.flush)?,
         true => open_in_place(platform, request.image.device, format, request.flush)?,
         false => return Err(of_format(failure(Step::Edit, Cause::BackingUnsupported))),
     };
@@ -117,6 +120,7 @@ fn copy<P: Platform>(
         existing: true,
         zero_init: false,
         unit,
+        zero_by_tables: false,
         compress: compression,
         order: Lock::default(),
         shares: AtomicBool::new(false),

@@ -11,7 +11,7 @@ use instar_qcow2::{self as qcow2, Growth, Writer};
 
 use crate::chain::{Opening, open_below};
 use crate::formats::target::TargetDisk;
-use crate::formats::{TargetImage, open_in_place, open_named, qcow2_failure, write_full};
+use crate::formats::{TargetImage, open_in_place, open_named, qcow2_failure, resize_qed, write_full};
 use crate::ops::commit::read_tail;
 use crate::ops::failure::{block, failure};
 use crate::platform::{Io, Platform};
@@ -41,6 +41,14 @@ pub fn run<P: Platform>(platform: &P, request: &ResizeRequest) -> Result<EditRep
             let end = base.checked_add(size).filter(|end| *end <= i64::MAX as u64);
             let end = end.ok_or_else(|| of_format(refused(ResizeRefusal::NotPositive)))?;
             resize_raw(platform, request, base + old, end).map_err(of_format)?;
+        }
+        (Format::Qed, _) => {
+            if let Some(refusal) = qed_refusal(request, old, size, below.as_deref()) {
+                return Err(of_format(Failure { value2: request.preallocation as u64, ..refused(refusal) }));
+            }
+            if size != old {
+                resize_qed(platform, FileId(device), size).map_err(of_format)?;
+            }
         }
         (_, Some(TargetImage::Mapped(mut image))) => match image.as_qcow2_mut() {
             Some(writer) => {
@@ -74,6 +82,21 @@ fn new_size(request: &ResizeRequest, old: u64) -> Result<u64, ResizeRefusal> {
         return Err(ResizeRefusal::PreallocationNotGrowing);
     }
     if size < old && !request.shrink { Err(ResizeRefusal::Shrinks) } else { Ok(size) }
+}
+
+/// What QEMU's driver does not do.
+fn qed_refusal(request: &ResizeRequest, old: u64, size: u64, below: Option<&dyn Layer>) -> Option<ResizeRefusal> {
+    if size > old && below.is_some_and(|below| below.size() > old) {
+        return Some(ResizeRefusal::NoZeroes);
+    }
+    if request.preallocation() != Preallocation::Off {
+        return Some(ResizeRefusal::NoPreallocation);
+    }
+    match size < old {
+        true if !size.is_multiple_of(512) => Some(ResizeRefusal::ImageSize),
+        true => Some(ResizeRefusal::NoShrinking),
+        false => None,
+    }
 }
 
 fn resize_qcow2<P: Platform>(

@@ -19,7 +19,7 @@ pub fn run<P: Platform>(platform: &P, request: &SnapshotRequest) -> Result<EditR
     if request.action() == SnapshotAction::List {
         return list(platform, &request.image);
     }
-    match edit::open(platform, &request.image, true)? {
+    match edit::open(platform, &request.image, true, false)? {
         Editable::Qcow2(mut image) => {
             let done = act(&mut image, request);
             image.close(done)

@@ -18,7 +18,7 @@ use instar_blockio::{BlockRead, BlockWrite, FileId};
 
 use crate::image;
 use crate::store::Store;
-use crate::writer;
+use crate::writer::{self, Allocate};
 
 pub use self::check::Finding;
 pub use self::create::{CreateOptions, OptionError, create};
@@ -78,6 +78,20 @@ impl<D: BlockWrite> Writer<D> {
             writer.recover()?;
         }
         Ok(writer)
+    }
+
+    /// Makes the disk longer by one write of the header, durable afterwards: what lies behind the old end reads as zero, unless a
+    /// longer backing image holds something there.
+    ///
+    /// # Errors
+    /// [`Error::ImageSize`] for a size that the tables do not reach or that is not whole sectors, and one below the old;
+    /// those of the file.
+    pub fn resize(&mut self, size: u64) -> Result<(), Error> {
+        Allocate::set_size(&mut self.format, size).map_err(|_| Error::ImageSize(size))?;
+        let features = self.format.header().features;
+        self.format.put_features(&mut self.store, features)?;
+        self.store.write_dirty(u64::MAX)?;
+        Ok(self.store.file_mut().flush()?)
     }
 
     /// Bytes of a cluster.

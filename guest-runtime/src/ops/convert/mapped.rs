@@ -32,6 +32,8 @@ pub(in crate::ops) struct MappedTarget<P: Platform> {
     pub zero_init: bool,
     /// Pieces are whole units of this many bytes; 1: any run.
     pub unit: u64,
+    /// A unit is zero if the tables say so, whatever its bytes are.
+    pub zero_by_tables: bool,
     /// Units are stored compressed in this way.
     pub compress: Option<Compression>,
     /// Encrypts what is written.
@@ -152,7 +154,10 @@ impl<P: Platform> MappedTarget<P> {
                 let len = unit.min(end - at);
                 let offset = segment.offset + (at - segment.at) as u64;
                 if self.touches(chunk, offset, len as u64) {
-                    let zero = !sparse.allocate_all() && is_zero(&bytes[at..at + len]);
+                    let zero = match self.zero_by_tables {
+                        true => self.is_told_zero(chunk, offset, len as u64)?,
+                        false => !sparse.allocate_all() && is_zero(&bytes[at..at + len]),
+                    };
                     let kind = if zero { PieceKind::Zeroes } else { PieceKind::Data { at } };
                     push_joined(&mut pieces, Piece { offset, len: len as u64, kind });
                 }
@@ -191,6 +196,25 @@ impl<P: Platform> MappedTarget<P> {
                 .extents
                 .iter()
                 .any(|extent| extent.clip(offset, len).is_some_and(|part| part.kind != ExtentKind::Unallocated))
+    }
+
+    /// Does one run of zeroes reach over this unit, as far as the source does?
+    fn is_told_zero(&self, chunk: &Chunk, offset: u64, len: u64) -> Outcome<bool> {
+        let end = chunk.extents.last().map_or(offset, Extent::end).min(offset + len);
+        let covering = chunk.extents.iter().find(|extent| extent.offset <= offset && end <= extent.end());
+        match (covering.map(|extent| extent.kind), &self.backing) {
+            (Some(ExtentKind::Zero { .. }), _) | (Some(ExtentKind::Unallocated), None) => Ok(true),
+            (Some(ExtentKind::Unallocated), Some(backing)) => {
+                let backing = backing.lock();
+                let inside = backing.size().saturating_sub(offset).min(end - offset);
+                if inside == 0 {
+                    return Ok(true);
+                }
+                let below = backing.extent_at(offset, inside).map_err(Fault::read(offset))?;
+                Ok(below.len >= inside && !holds_data(&below))
+            }
+            _ => Ok(false),
+        }
     }
 
     /// Compresses unit by unit; what does not shrink stays plain.
@@ -330,7 +354,8 @@ impl<P: Platform> MappedTarget<P> {
                     writer.write_zeroes(piece.offset, piece.len, ZeroMode::Unmap).map_err(&located)?;
                 }
                 PieceKind::Compressed { at, stored_len } => {
-                    let reservation = writer.reserve_compressed(piece.offset, stored_len).map_err(&located)?;
+                    let reservation = writer.reserve_compressed(piece.offset, stored_len);
+                    let reservation = reservation.map_err(|error| located(told_as_errno(error)))?;
                     places.push(Place { at, reservation });
                 }
                 PieceKind::Data { mut at } => {
@@ -347,6 +372,15 @@ impl<P: Platform> MappedTarget<P> {
             }
         }
         Ok(places)
+    }
+}
+
+/// What an image can't do, as the system would say it.
+fn told_as_errno(error: instar_blockio::Error) -> instar_blockio::Error {
+    const EOPNOTSUPP: i32 = 95;
+    match error.kind() {
+        ErrorKind::Unsupported => instar_blockio::Error::from_os(EOPNOTSUPP),
+        _ => error,
     }
 }
 

@@ -22,6 +22,9 @@ const CHUNK: u64 = 2 << 20;
 /// Bytes of a chunk that goes to a flat file, mostly by copy requests.
 const RAW_CHUNK: u64 = 4 << 20;
 
+/// Bytes of the granules of QEMU's dirty bitmaps.
+const GRANULES: core::ops::RangeInclusive<u64> = 4 << 10..=64 << 10;
+
 /// Where the data goes.
 pub(in crate::ops) enum Target<P: Platform> {
     /// A disk in one piece.
@@ -99,6 +102,7 @@ impl<P: Platform> Target<P> {
             existing,
             zero_init,
             unit,
+            zero_by_tables: false,
             compress,
             cipher,
             order: Lock::default(),
@@ -122,7 +126,9 @@ impl<P: Platform> Target<P> {
                 Self::Raw(raw, image.completion.map(Lock::new))
             }
             TargetImage::Mapped(image) => Self::Mapped(Box::new(MappedTarget {
-                unit: image.disk().alloc_unit(),
+                // QEMU's commit works by the granules of a dirty bitmap, and looks into none of them.
+                unit: image.disk().alloc_unit().max(image.cluster_size().clamp(*GRANULES.start(), *GRANULES.end())),
+                zero_by_tables: true,
                 cipher: image.contents_cipher().cloned(),
                 image: Lock::new(image),
                 backing: Some(Lock::new(under)),

@@ -85,7 +85,7 @@ impl<P: Platform> Check<'_, P> {
         let Some(image) = image else { return Some(self.vhd(repairs, to)) };
         match image.format() {
             Format::Qcow2 => Some(self.qcow2(repair, to)),
-            Format::Qed => Some(self.qed(repair, to)),
+            Format::Qed => Some(self.qed(repair)),
             Format::Parallels => Some(self.parallels(repair, to)),
             Format::Vhdx => Some(self.vhdx(repairs, to)),
             // Not known to qemu-img: see the quirk vhd-unchecked.
@@ -115,15 +115,9 @@ impl<P: Platform> Check<'_, P> {
         }
     }
 
-    fn qed(&self, repair: Repair, to: &mut Listener<'_, P>) -> Result<Option<CheckReport>, Failure> {
-        let other = |first: u64| CheckFinding { first, ..CheckFinding::default() };
-        let mut found = |finding| {
-            to.tell(match finding {
-                qed::Finding::Table(_, at) | qed::Finding::Cluster(_, at) | qed::Finding::Shared(at) => other(at),
-                qed::Finding::Leaked(count) => other(count),
-                _ => other(0),
-            });
-        };
+    fn qed(&self, repair: Repair) -> Result<Option<CheckReport>, Failure> {
+        // Nothing is said of the faults themselves, as with qemu-img.
+        let mut found = |_| {};
         let failed = |error| self.failed(Format::Qed, matches!(error, qed::Error::Io(_)));
         let report = match repair == Repair::default() {
             true => {
@@ -139,7 +133,7 @@ impl<P: Platform> Check<'_, P> {
     }
 
     fn parallels(&self, repair: Repair, to: &mut Listener<'_, P>) -> Result<Option<CheckReport>, Failure> {
-        let mut found = |_| to.tell(CheckFinding::default());
+        let mut found = |finding| to.tell(parallels_finding(finding, repair));
         let failed = |error| self.failed(Format::Parallels, matches!(error, parallels::Error::Io(_)));
         let report = match repair == Repair::default() {
             true => {
@@ -157,7 +151,7 @@ impl<P: Platform> Check<'_, P> {
     fn vdi(&self, to: &mut Listener<'_, P>) -> Result<CheckReport, Failure> {
         let failed = |error| self.failed(Format::Vdi, matches!(error, vdi::Error::Io(_)));
         let image = vdi::Image::open(self.file()?, self.id, &vdi::OpenOptions { strict: false }).map_err(failed)?;
-        image.check(&mut |_| to.tell(CheckFinding::default())).map_err(failed)
+        image.check(&mut |finding| to.tell(vdi_finding(finding))).map_err(failed)
     }
 
     /// Opening for a repair carries out the log.
@@ -196,6 +190,30 @@ impl<P: Platform> Check<'_, P> {
         let cause = if io { Cause::Io } else { Cause::CorruptMetadata };
         Failure { format: format.into(), os: EIO, ..about(Step::Map, self.id, cause) }
     }
+}
+
+fn parallels_finding(finding: parallels::Finding, repair: Repair) -> CheckFinding {
+    use parallels::Finding as F;
+    let (kind, first, repaired) = match finding {
+        F::InUse => (FindingKind::NotClosed, 0, repair.corruptions),
+        F::DataOffset => (FindingKind::DataOffset, 0, repair.corruptions),
+        F::Outside(entry) => (FindingKind::OutsideImage, entry.into(), repair.corruptions),
+        F::Leaked(bytes) => (FindingKind::LeakedAtEnd, bytes, repair.leaks),
+        F::Shared(entry) => (FindingKind::DuplicateEntry, entry.into(), repair.corruptions),
+        _ => (FindingKind::Other, 0, false),
+    };
+    CheckFinding { kind: kind.into(), first, repaired, ..CheckFinding::default() }
+}
+
+fn vdi_finding(finding: vdi::Finding) -> CheckFinding {
+    use vdi::Finding as F;
+    let (kind, first, second) = match finding {
+        F::Shared(block) => (FindingKind::BlockUsedTwice, block, block),
+        F::OutOfRange(entry, block) => (FindingKind::BlockTooLarge, entry, block),
+        F::Count { is, should } => (FindingKind::AllocatedBlocks, is, should),
+        _ => (FindingKind::Other, 0, 0),
+    };
+    CheckFinding { kind: kind.into(), first: first.into(), second: second.into(), ..CheckFinding::default() }
 }
 
 fn vhd_finding(finding: vhd::Finding) -> CheckFinding {

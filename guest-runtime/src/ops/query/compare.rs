@@ -9,6 +9,7 @@ use instar_blockio::{Error, Extent, ExtentKind};
 use instar_guest_protocol::message::{Call, CompareReply, CompareRequest, Failure, Progress, Step, call};
 
 use super::status::{Disk, Status};
+use super::strict;
 use crate::lock::Lock;
 use crate::ops::convert::fill::{Batch, Scratch, fill};
 use crate::ops::convert::plan::Chunk;
@@ -91,7 +92,6 @@ fn is_zero_run(extent: &Extent) -> bool {
 struct Plan<P: Platform> {
     disks: [Disk<P>; 2],
     cursor: u64,
-    strict: bool,
     mismatch: Option<Mismatch>,
     fault: Option<Fault>,
     done: u64,
@@ -111,8 +111,14 @@ pub fn run<P: Platform>(platform: &P, request: &CompareRequest) -> Result<Compar
         return Ok(reply);
     }
     let total = first_size.max(second_size);
+    // What is allocated is compared first: it costs no look at the contents, and ends the search for differences of these.
+    let (mismatch, fault) = match request.strict.then(|| strict::first_difference(&disks)).flatten() {
+        None => (None, None),
+        Some(Ok(offset)) => (Some(Mismatch { offset, allocation: true }), None),
+        Some(Err((side, offset, error))) => (None, Some(Fault { step: Step::Map, offset, side, error })),
+    };
     let step = if request.progress { total / 100 } else { HIDDEN_STEP.max(total / 100) };
-    let plan = Plan { disks, cursor: 0, strict: request.strict, mismatch: None, fault: None, done: 0, told: 0 };
+    let plan = Plan { disks, cursor: 0, mismatch, fault, done: 0, told: 0 };
     let plan = Lock::new(plan);
     let threads = platform.vcpus().min(request.threads.max(1) as usize);
     platform.parallel(threads, &|_| work(platform, &plan, total, step));
@@ -219,13 +225,6 @@ impl<P: Platform> Plan<P> {
                 }
             }
             let len = runs.iter().flatten().map(|run| run.len).min().unwrap_or(room);
-            if self.strict
-                && let [Some(first), Some(second)] = &runs
-                && flags(first) != flags(second)
-            {
-                self.found(Mismatch { offset: at, allocation: true });
-                return (at > start).then(|| Piece { offset: start, len: at - start, extents });
-            }
             let zero = runs.iter().flatten().all(|run| run.zero || matches!(run.kind, ExtentKind::Zero { .. }));
             if zero && at == start && len >= PIECE {
                 self.cursor += len;
@@ -267,11 +266,6 @@ impl<P: Platform> Plan<P> {
             self.fault = Some(fault);
         }
     }
-}
-
-/// What must agree of two runs in strict mode.
-fn flags(status: &Status) -> (bool, bool, bool, bool, bool) {
-    (status.present, status.zero, status.data, status.compressed, status.place.is_some())
 }
 
 /// Offset of the first sector in which the disks differ.

@@ -5,3 +5,4 @@ pub mod compare;
 pub mod map;
 pub mod measure;
 mod status;
+mod strict;

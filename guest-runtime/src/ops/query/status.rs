@@ -37,6 +37,42 @@ pub(super) struct Status {
     pub kind: ExtentKind,
 }
 
+/// What QEMU's block status says of a run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Flags {
+    /// An image of the chain has something to say.
+    pub allocated: bool,
+    /// It is stored.
+    pub data: bool,
+    /// It reads as zero.
+    pub zero: bool,
+    /// It is stored compressed.
+    pub compressed: bool,
+    /// Its place in a file is known.
+    pub placed: bool,
+    /// It reaches the end of the disk.
+    pub at_end: bool,
+}
+
+impl Flags {
+    fn of(status: &Status) -> Self {
+        let Status { present, zero, data, compressed, place, .. } = *status;
+        Self { allocated: present, data, zero, compressed, placed: place.is_some(), at_end: false }
+    }
+}
+
+/// One answer of QEMU's block status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Answer {
+    pub flags: Flags,
+    /// Bytes.
+    pub len: u64,
+    /// For so many bytes the same would be said, in several answers.
+    pub reach: u64,
+    /// Answers end at multiples of this, if not earlier.
+    pub unit: u64,
+}
+
 /// Formats whose driver in QEMU does not tell what is allocated: all of it is data, at no known place.
 fn tells_nothing(format: Format) -> bool {
     matches!(format, Format::Vhdx | Format::Dmg | Format::Bochs | Format::Cloop)
@@ -106,8 +142,81 @@ impl<P: Platform> Disk<P> {
             if let Some(status) = self.of_extent(layer, &extent, depth)? {
                 return Ok(status);
             }
+            let (len, place) = layer.disk.kept_at(offset, max_len)?;
+            max_len = len.clamp(1, max_len);
+            answer = Status { len: max_len, place, ..answer };
         }
         Ok(answer)
+    }
+
+    /// The run at `offset` as one call of QEMU's block status tells it, which does not join what its drivers answer one by one, and
+    /// what is said of it if it reaches the end of the disk.
+    ///
+    /// # Errors
+    /// As [`status_at`](Self::status_at).
+    pub fn answer_at(&self, offset: u64) -> Result<Answer> {
+        let size = self.size();
+        let mut len = size.saturating_sub(offset);
+        let (mut flags, mut reach, mut unit) = (Flags::default(), len, 1);
+        for (depth, layer) in (0..).zip(&self.layers) {
+            let inside = layer.disk.size().saturating_sub(offset).min(len);
+            if inside == 0 {
+                // Zeroes behind the end of a shorter image count as its own.
+                flags = Flags { allocated: true, zero: true, ..Flags::default() };
+                break;
+            }
+            let (first, joined) = self.answer_of(layer, depth, offset, inside)?;
+            (flags, len) = (Flags::of(&first), joined);
+            reach = reach.min(first.len);
+            unit = unit.max(layer.status_unit.unwrap_or(1));
+            if flags.allocated {
+                break;
+            }
+        }
+        let flags = Flags { at_end: offset.saturating_add(len) == size, ..flags };
+        Ok(Answer { flags, len, reach, unit })
+    }
+
+    /// The run at `offset` of one layer, and for how long the driver goes on with the same answer, both at most `max_len` bytes.
+    fn answer_of(&self, layer: &ChainLayer, depth: u32, offset: u64, max_len: u64) -> Result<(Status, u64)> {
+        let first = self.of_layer(layer, depth, offset, max_len)?;
+        if tells_nothing(layer.format) && first.present {
+            return Ok((first, max_len));
+        }
+        let unit = layer.status_unit.unwrap_or(u64::MAX);
+        let limit = max_len.min(unit - offset % unit);
+        let mut len = first.len.min(limit);
+        while len < limit && !first.compressed {
+            let next = self.of_layer(layer, depth, offset + len, limit - len)?;
+            let place = first.place.map(|(file, at)| (file, at.saturating_add(len)));
+            if Flags::of(&next) != Flags::of(&first) || next.place != place {
+                break;
+            }
+            len += next.len;
+        }
+        Ok((first, len))
+    }
+
+    /// What one layer says, whatever lies below.
+    fn of_layer(&self, layer: &ChainLayer, depth: u32, offset: u64, max_len: u64) -> Result<Status> {
+        let extent = layer.disk.extent_at(offset, max_len)?;
+        let extent = extent.clip(offset, max_len).filter(|extent| extent.offset == offset);
+        let extent = extent.ok_or(Error::new(ErrorKind::Corrupt).at(offset))?;
+        if let Some(status) = self.of_extent(layer, &extent, depth)? {
+            return Ok(status);
+        }
+        let (len, place) = layer.disk.kept_at(offset, extent.len)?;
+        let below = self.layers.get(depth as usize + 1).map_or(0, |below| below.disk.size());
+        Ok(Status {
+            len: len.clamp(1, extent.len),
+            depth,
+            present: false,
+            zero: offset >= below,
+            data: false,
+            compressed: false,
+            place,
+            kind: ExtentKind::Unallocated,
+        })
     }
 
     /// Reads, for units that are too large to be taken apart anew for each piece of them. The range lies inside the disk.
