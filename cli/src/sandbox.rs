@@ -3,11 +3,13 @@
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
+use instar_guest_protocol::limits::MAX_CHAIN_DEPTH;
 use instar_guest_protocol::message::{
     Call, CheckFinding, Failure, MapRun, OpenAnswer, OpenFile, Progress, Reply, Request, call, reply,
 };
 use instar_vmm::{Error, Event, NbdExport, Sandbox, Settings};
 use prost::Message;
+use prost::encoding::decode_varint;
 use zeroize::Zeroizing;
 
 use crate::guest::Guest;
@@ -256,6 +258,9 @@ pub fn run(machine: &mut dyn Machine, request: &Request, host: &mut dyn Host) ->
     let (mut refusals, mut warnings) = (0, 0);
     let mut result = None;
     while let Some(incoming) = machine.next_message()? {
+        if images_told(&incoming.bytes) > MAX_CHAIN_DEPTH {
+            return Err(garbled());
+        }
         let call = Call::decode(incoming.bytes.as_slice()).ok().and_then(|call| call.kind);
         let Some(call) = call.filter(|_| result.is_none()) else { return Err(garbled()) };
         let answer = match call {
@@ -301,6 +306,37 @@ pub fn run(machine: &mut dyn Machine, request: &Request, host: &mut dyn Host) ->
         }
     }
     result.ok_or_else(garbled)
+}
+
+/// How many images an answer tells of. Two bytes of a message become half a kilobyte of memory by that, so it is counted before
+/// the message is decoded; nothing else in messages grows so much.
+fn images_told(message: &[u8]) -> usize {
+    const DONE: u64 = 4;
+    const INFO: u64 = 2;
+    const IMAGES: u64 = 1;
+    let infos = parts(message, DONE).flat_map(|reply| parts(reply, INFO));
+    infos.map(|info| parts(info, IMAGES).take(MAX_CHAIN_DEPTH + 1).count()).sum()
+}
+
+/// The parts of a message that stand under a number, up to the first thing that is no field.
+fn parts(mut message: &[u8], wanted: u64) -> impl Iterator<Item = &[u8]> {
+    std::iter::from_fn(move || {
+        loop {
+            let key = decode_varint(&mut message).ok()?;
+            let len = match key & 7 {
+                0 => decode_varint(&mut message).map(|_| 0).ok()?,
+                1 => 8,
+                2 => decode_varint(&mut message).ok()?,
+                5 => 4,
+                _ => return None,
+            };
+            let (part, rest) = message.split_at_checked(usize::try_from(len).ok()?)?;
+            message = rest;
+            if key == wanted << 3 | 2 {
+                return Some(part);
+            }
+        }
+    })
 }
 
 fn open_answer(granted: Option<Granted>) -> OpenAnswer {
@@ -367,7 +403,7 @@ pub mod fake {
 
 #[cfg(test)]
 mod tests {
-    use instar_guest_protocol::message::InfoReply;
+    use instar_guest_protocol::message::{ImageInfo, InfoReply};
 
     use super::fake::Script;
     use super::*;
@@ -408,6 +444,25 @@ mod tests {
         assert!(matches!(result, reply::Result::Info(_)));
         assert_eq!((host.asked, host.warned), (1, 1));
         assert_eq!(machine.answers, [OpenAnswer::default().encode_to_vec()]);
+    }
+
+    #[test]
+    fn answers_do_not_swell() {
+        let told = |count| {
+            let images = vec![ImageInfo { virtual_size: 7, ..ImageInfo::default() }; count];
+            script(&[call::Kind::Done(Reply { result: Some(reply::Result::Info(InfoReply { images })) })])
+        };
+        for (count, good) in
+            [(0, true), (1, true), (MAX_CHAIN_DEPTH, true), (MAX_CHAIN_DEPTH + 1, false), (400_000, false)]
+        {
+            let mut machine = told(count);
+            assert_eq!(images_told(&machine.calls[0]), count.min(MAX_CHAIN_DEPTH + 1));
+            assert_eq!(run(&mut machine, &Request::default(), &mut Deaf::default()).is_ok(), good, "{count}");
+        }
+        // Other messages have fields of the same numbers.
+        let open = Call { kind: Some(call::Kind::Open(OpenFile { name: vec![10; 4000], ..OpenFile::default() })) };
+        assert_eq!(images_told(&open.encode_to_vec()), 0);
+        assert_eq!(images_told(&[0xff; 40]), 0);
     }
 
     #[test]

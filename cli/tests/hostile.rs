@@ -4,7 +4,7 @@ mod support;
 
 use std::collections::BTreeSet;
 
-use instar_hostile::{Program, Trial, kill, suite};
+use instar_hostile::{Program, Trial, faults, kill, suite};
 use support::can_run;
 
 /// Every so-many-th image is tried here.
@@ -30,6 +30,17 @@ fn hostile_images_do_no_harm() {
     assert!(trial.report.findings.is_empty(), "{:#?}", trial.report.findings);
     // The oracle would be of no use if nothing ever succeeded.
     assert!(trial.report.successes > trial.report.cases);
+}
+
+/// Of some commands and some of their calls; all of them in `cargo xtask security calls`.
+#[test]
+fn failing_calls_leave_the_old_or_the_new() {
+    if !can_run(false) {
+        return;
+    }
+    let report = faults::calls(&program(), 6, 9).unwrap();
+    assert!(report.findings.is_empty(), "{:#?}", report.findings);
+    assert!(report.runs == 0 || (report.runs > 20 && report.failures > 5), "{report:?}");
 }
 
 #[test]

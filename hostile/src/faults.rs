@@ -8,10 +8,12 @@ use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use tempfile::TempDir;
 
 use crate::place::tells_secrets;
 use crate::process::{Ended, Program, finish};
+use crate::trace::{self, Fault};
 
 /// What came of it.
 #[derive(Debug, Default)]
@@ -40,6 +42,38 @@ enum Owed {
     Failure,
     /// It may succeed, and is then right.
     Either,
+}
+
+/// Commands whose calls are made to fail, one after the other; each makes `out` or changes `image.qcow2`.
+const CALLERS: &[&[&str]] = &[
+    &["convert", "-O", "raw", "small.qcow2", "out"],
+    &["convert", "-O", "qcow2", "small.raw", "out"],
+    &["convert", "-c", "-O", "qcow2", "small.raw", "out"],
+    &["convert", "-O", "vmdk", "small.raw", "out"],
+    &["convert", "-O", "vpc", "small.raw", "out"],
+    &["convert", "-O", "vhdx", "small.raw", "out"],
+    &["convert", "-O", "vdi", "small.raw", "out"],
+    &["dd", "-O", "qcow2", "bs=64k", "if=small.raw", "of=out"],
+    &["create", "-q", "-f", "qcow2", "-o", "preallocation=full", "out", "1M"],
+    &["snapshot", "-c", "new", "image.qcow2"],
+    &["resize", "-f", "qcow2", "image.qcow2", "20M"],
+    &["amend", "-f", "qcow2", "-o", "refcount_bits=64", "image.qcow2"],
+    &["bitmap", "--add", "image.qcow2", "new"],
+    &["rebase", "-f", "qcow2", "-b", "", "image.qcow2"],
+    &["check", "-r", "all", "image.qcow2"],
+    &["info", "image.qcow2"],
+    &["check", "image.qcow2"],
+    &["map", "image.qcow2"],
+];
+
+/// Failing calls alone: of every `others`th command, and of that every `step`th call.
+///
+/// # Errors
+/// Of the system.
+pub fn calls(program: &Program, others: usize, step: usize) -> io::Result<Report> {
+    let mut scene = Scene { root: tempfile::tempdir()?, program: program.clone(), report: Report::default() };
+    scene.failing_calls(others, step)?;
+    Ok(scene.report)
 }
 
 /// Targets, with options.
@@ -311,6 +345,94 @@ impl Scene {
         }
         fs::remove_dir(&closed)?;
         self.expect_names("closed directory", &before)
+    }
+
+    /// Each system call on a file fails once: EIO, ENOSPC, an interruption, a transfer of one byte.
+    fn failing_calls(&mut self, others: usize, step: usize) -> io::Result<()> {
+        let dir = self.dir().join("calls");
+        fs::create_dir(&dir)?;
+        let mut disk = vec![0; 700_000];
+        disk[..300_000].iter_mut().enumerate().for_each(|(at, byte)| *byte = ((at * at) >> 9) as u8);
+        fs::write(dir.join("small.raw"), &disk)?;
+        fs::write(dir.join("base.raw"), vec![0x33; 1 << 20])?;
+        let prepare: [&[&str]; 3] = [
+            &["convert", "-O", "qcow2", "small.raw", "small.qcow2"],
+            &["create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "original.qcow2"],
+            &["bench", "-w", "-c", "3", "original.qcow2"],
+        ];
+        for args in prepare {
+            let ended = self.program.run(&dir, args)?;
+            self.judge(&format!("{args:?}"), &ended, Owed::Either);
+        }
+        fs::copy(dir.join("original.qcow2"), dir.join("image.qcow2"))?;
+        let plain = |program: &Program| program.run(&dir, &["convert", "-O", "raw", "image.qcow2", "plain"]);
+        plain(&self.program)?;
+        let contents = fs::read(dir.join("plain"))?;
+        for args in CALLERS.iter().step_by(others) {
+            for fault in
+                [Fault::Errno(Errno::EIO), Fault::Errno(Errno::ENOSPC), Fault::Errno(Errno::EINTR), Fault::Short]
+            {
+                for nth in (0..).step_by(step) {
+                    fs::copy(dir.join("original.qcow2"), dir.join("image.qcow2"))?;
+                    let Some(ended) = trace::fail(&self.program, &dir, args, nth, fault)? else {
+                        eprintln!("SKIPPED: no process may be traced here, so no call was made to fail");
+                        return fs::remove_dir_all(&dir);
+                    };
+                    self.report.runs += 1;
+                    self.report.failures += u64::from(ended.code != Some(0));
+                    let what = format!("call {nth} of {args:?} with {fault:?}");
+                    self.judge_call(&what, &dir, args, fault, &ended, &contents)?;
+                    if ended.calls <= nth {
+                        break;
+                    }
+                }
+            }
+        }
+        fs::remove_dir_all(&dir)
+    }
+
+    fn judge_call(
+        &mut self,
+        what: &str,
+        dir: &Path,
+        args: &[&str],
+        fault: Fault,
+        ended: &trace::Ended,
+        contents: &[u8],
+    ) -> io::Result<()> {
+        let told = ended.stderr.lines().filter(|line| line.starts_with("instar: ")).count();
+        // `check` has an exit status of its own for images that are not in order.
+        let known = matches!(ended.code, Some(0 | 1)) || (args[0] == "check" && matches!(ended.code, Some(2 | 3)));
+        if !known || ended.stderr.contains("panicked") || (ended.code == Some(1) && told != 1) {
+            self.find(format!("{what}: {:?} {}", ended.code, ended.stderr));
+        }
+        let passes = matches!(fault, Fault::Short | Fault::Errno(Errno::EINTR));
+        if passes && ended.code != Some(0) {
+            self.find(format!("{what} is no reason to fail: {:?} {}", ended.code, ended.stderr));
+        }
+        let out = dir.join("out");
+        if out.exists() {
+            if ended.code != Some(0) {
+                self.find(format!("{what} leaves an output"));
+            } else if args[0] != "create" {
+                let format = args.iter().skip_while(|arg| **arg != "-O").nth(1).copied().unwrap_or("raw");
+                let same = self.program.run(dir, &["compare", "-f", "raw", "-F", format, "small.raw", "out"])?;
+                if same.code != Some(0) {
+                    self.find(format!("{what} spoils the output: {}", String::from_utf8_lossy(&same.stdout)));
+                }
+            }
+            fs::remove_file(out)?;
+        }
+        // What was changed in place has the old contents or, where more were added, begins with them, and lacks nothing.
+        let checked = self.program.run(dir, &["check", "image.qcow2"])?;
+        if !matches!(checked.code, Some(0 | 3)) {
+            self.find(format!("{what} damages the image: {}", String::from_utf8_lossy(&checked.stdout)));
+        }
+        let plain = self.program.run(dir, &["convert", "-O", "raw", "image.qcow2", "plain"])?;
+        if plain.code != Some(0) || !fs::read(dir.join("plain"))?.starts_with(contents) {
+            self.find(format!("{what} changes the contents: {}", String::from_utf8_lossy(&plain.stderr)));
+        }
+        Ok(())
     }
 
     /// Two conversions to one output: one of them may win, and what is there is whole.

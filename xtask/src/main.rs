@@ -37,7 +37,7 @@ const TASKS: &[Task] = &[
     },
     Task {
         name: "security",
-        what: "hostile images, kills, failing systems: [--binary P] [--only WORD] [--kills N] [images|kills|faults]",
+        what: "hostile images, kills, failing systems: [--binary P] [--only WORD] [--kills N] [images|kills|faults|calls]",
         run: security::security,
     },
     Task { name: "audit", what: "dependencies: licences, sources, versions, advisories", run: audit::audit },

@@ -12,7 +12,7 @@ const BUDGET: Duration = Duration::from_secs(2);
 /// Resident size that no process may exceed, KiB.
 const MOST_MEMORY: u64 = 256 << 10;
 
-/// `security [--binary PATH] [--only WORD] [--kills N] [PART…]`, where a part is `images`, `kills` or `faults`.
+/// `security [--binary PATH] [--only WORD] [--kills N] [PART…]`, where a part is `images`, `kills`, `faults` or `calls`.
 pub fn security(args: &[String]) -> Result {
     let option = |name: &str| args.iter().position(|arg| arg == name).and_then(|at| args.get(at + 1));
     let binary = match option("--binary") {
@@ -20,7 +20,7 @@ pub fn security(args: &[String]) -> Result {
         None => release_binary()?,
     };
     let parts: Vec<&str> =
-        ["images", "kills", "faults"].into_iter().filter(|part| args.iter().any(|arg| arg == part)).collect();
+        ["images", "kills", "faults", "calls"].into_iter().filter(|part| args.iter().any(|arg| arg == part)).collect();
     let wanted = |part: &str| parts.is_empty() || parts.contains(&part);
     let program = Program::new(binary);
     let mut findings = 0;
@@ -32,7 +32,10 @@ pub fn security(args: &[String]) -> Result {
         findings += kills(&program, u32::try_from(times)?, option("--only").map(String::as_str))?;
     }
     if wanted("faults") {
-        findings += failing(&program)?;
+        findings += failing(&faults::run(&program, 100)?, "without what they need");
+    }
+    if wanted("calls") {
+        findings += failing(&faults::calls(&program, 1, 1)?, "with a system call that goes wrong");
     }
     match findings {
         0 => Ok(()),
@@ -83,11 +86,10 @@ fn kills(program: &Program, times: u32, only: Option<&str>) -> Result<usize> {
     Ok(report.findings.len())
 }
 
-fn failing(program: &Program) -> Result<usize> {
-    let report = faults::run(program, 100)?;
+fn failing(report: &faults::Report, how: &str) -> usize {
     for finding in &report.findings {
         println!("{finding}");
     }
-    println!("{} runs without what they need ({} failed)", report.runs, report.failures);
-    Ok(report.findings.len())
+    println!("{} runs {how} ({} failed)", report.runs, report.failures);
+    report.findings.len()
 }
