@@ -8,7 +8,7 @@
 //!
 //! | codec | decoding | encoding | memory of a decoder, an encoder |
 //! |---|---|---|---|
-//! | [`Deflate`](Codec::Deflate), [`Zlib`](Codec::Zlib) | zlib-rs | zlib-rs, level 6, window 4 KiB | 48 KiB, 0.4 MiB |
+//! | [`Deflate`](Codec::Deflate), [`Zlib`](Codec::Zlib) | zlib-rs | zlib-rs, level 6, window 4 KiB (`Zlib`: 32 KiB) | 48 KiB, 0.4 MiB |
 //! | [`Zstd`](Codec::Zstd) | structured-zstd | structured-zstd, level 3 | 0.2 MiB, below 16 MiB for a unit of 2 MiB |
 //!
 //! Stack, optimised: 16 KiB, and 48 KiB to encode Zstandard.

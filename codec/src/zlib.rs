@@ -35,7 +35,7 @@ impl Deflate {
         Self(zlib_rs::Deflate::new_with_config(DeflateConfig {
             level: i32::from(params::DEFLATE_LEVEL),
             // By zlib's convention a negative number asks for a raw stream.
-            window_bits: if zlib_header { bits } else { -bits },
+            window_bits: if zlib_header { params::ZLIB_WINDOW_BITS } else { -bits },
             mem_level: params::DEFLATE_MEM_LEVEL,
             ..DeflateConfig::default()
         }))

@@ -8,7 +8,7 @@ pub const MAX_DEVICES: usize = 1024;
 pub const QUEUE_SIZE: usize = 128;
 /// Payload bytes of one ring request.
 pub const MAX_REQUEST_BYTES: u64 = 16 << 20;
-/// Bytes of one [`Copy`](crate::ring::RequestKind::Copy) request.
+/// Bytes of one [`Copy`](crate::ring::RequestKind::Copy) or [`Compare`](crate::ring::RequestKind::Compare) request.
 pub const MAX_COPY_BYTES: u64 = 256 << 20;
 /// Bytes of one message from guest to monitor.
 pub const MAX_MESSAGE_BYTES: usize = 1 << 20;

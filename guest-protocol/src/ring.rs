@@ -26,9 +26,9 @@ pub struct RequestHeader {
     pub len: u64,
     /// [`RequestFlags`].
     pub flags: u32,
-    /// [`Copy`](RequestKind::Copy): the file that takes the bytes.
+    /// [`Copy`](RequestKind::Copy): the file that takes the bytes; [`Compare`](RequestKind::Compare): the other file.
     pub target_device: u32,
-    /// [`Copy`](RequestKind::Copy): offset in it, bytes.
+    /// Offset in `target_device`, bytes.
     pub target_offset: u64,
     /// [`Copy`](RequestKind::Copy) with [`SKIP_ZERO`](RequestFlags::SKIP_ZERO): bytes of a block (a power of two, 512 to 16 MiB).
     pub granularity: u32,
@@ -44,7 +44,8 @@ pub struct RequestStatus {
     pub status: u32,
     /// `errno` of the host, 0 if none.
     pub errno: u32,
-    /// [`Holes`](RequestKind::Holes): entries written; [`Copy`](RequestKind::Copy): bytes really written; else 0.
+    /// [`Holes`](RequestKind::Holes): entries written; [`Copy`](RequestKind::Copy): bytes really written;
+    /// [`Compare`](RequestKind::Compare): equal bytes before the first difference; else 0.
     pub value: u64,
 }
 
@@ -90,6 +91,9 @@ pub enum RequestKind {
     SetLen = 0x102,
     /// Allocate the range (fallocate), extending the file; contents are kept, new bytes are zero.
     Allocate = 0x103,
+    /// Compare `len` bytes of `device` at `offset` with those of `target_device` at `target_offset`. What lies past the end of a
+    /// file counts as zero.
+    Compare = 0x104,
 }
 
 impl TryFrom<u32> for RequestKind {
@@ -106,6 +110,7 @@ impl TryFrom<u32> for RequestKind {
             0x101 => Self::Copy,
             0x102 => Self::SetLen,
             0x103 => Self::Allocate,
+            0x104 => Self::Compare,
             other => return Err(other),
         })
     }

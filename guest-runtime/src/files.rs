@@ -60,6 +60,12 @@ impl FileTable {
                 in_address_space(offset, len)?;
                 self.known(to, to_offset)?.writable_range(to_offset, len, true)
             }
+            Io::Compare { file, offset, other, other_offset, len, .. } => {
+                self.known(file, offset)?;
+                self.known(other, other_offset)?;
+                in_address_space(offset, len)?;
+                in_address_space(other_offset, len)
+            }
             Io::WriteZeroes { file, offset, len, .. } | Io::Discard { file, offset, len } => {
                 self.known(file, offset)?.writable_range(offset, len, false)
             }
@@ -72,7 +78,7 @@ impl FileTable {
     /// Notes what a request that succeeded has changed.
     pub fn done(&self, io: &Io<'_>) {
         match *io {
-            Io::Read { .. } | Io::Flush { .. } => {}
+            Io::Read { .. } | Io::Compare { .. } | Io::Flush { .. } => {}
             Io::Write { file, offset, buf } => self.changed(file, offset.saturating_add(buf.len() as u64)),
             Io::Copy { to, to_offset, len, skip_zero: None, .. } | Io::Share { to, to_offset, len, .. } => {
                 self.changed(to, to_offset.saturating_add(len));

@@ -119,6 +119,10 @@ impl Host {
                 self.copy(*from, *offset, *to, *to_offset, *len, *skip_zero)
             }
             Io::Share { .. } => Err(ErrorKind::Unsupported.into()),
+            Io::Compare { file, offset, other, other_offset, len, equal } => {
+                **equal &= self.equal((*file, *offset), (*other, *other_offset), *len)?;
+                Ok(())
+            }
             Io::WriteZeroes { len: 0, .. } | Io::Discard { len: 0, .. } | Io::Allocate { len: 0, .. } => Ok(()),
             Io::WriteZeroes { file, offset, len, mode: ZeroMode::Unmap } | Io::Discard { file, offset, len } => {
                 self.allocate(*file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, *offset, *len)
@@ -162,6 +166,22 @@ impl Host {
             done += part.len() as u64;
         }
         Ok(())
+    }
+
+    fn equal(&self, first: (FileId, u64), second: (FileId, u64), len: u64) -> Result<bool> {
+        let mut done = 0;
+        let mut buffers = [std::vec![0; CHUNK], std::vec![0; CHUNK]];
+        while done < len {
+            let count = CHUNK.min(usize::try_from(len - done).unwrap_or(usize::MAX));
+            for ((file, offset), buffer) in [first, second].iter().zip(&mut buffers) {
+                self.read(*file, offset + done, &mut buffer[..count])?;
+            }
+            if buffers[0][..count] != buffers[1][..count] {
+                return Ok(false);
+            }
+            done += count as u64;
+        }
+        Ok(true)
     }
 
     fn fill_zeroes(&self, file: FileId, offset: u64, len: u64) -> Result<()> {

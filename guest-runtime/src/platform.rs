@@ -70,6 +70,21 @@ pub enum Io<'a> {
         /// How much.
         len: u64,
     },
+    /// Compares two ranges on the host, without passing through the guest. What lies behind the end of a file counts as zero.
+    Compare {
+        /// One file.
+        file: FileId,
+        /// Where in it.
+        offset: u64,
+        /// The other.
+        other: FileId,
+        /// Where in it.
+        other_offset: u64,
+        /// How much.
+        len: u64,
+        /// Cleared if the ranges differ.
+        equal: &'a mut bool,
+    },
     /// Makes a range inside the file read as zero.
     WriteZeroes {
         /// In which file.

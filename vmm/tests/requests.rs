@@ -463,3 +463,43 @@ fn block_devices_do_not_grow() {
     assert!(found[(1 << 19) + 65536..] == expected[(1 << 19) + 65536..]);
     assert_eq!(found[..100], [0; 100], "past the end counts as zero");
 }
+
+#[test]
+fn comparisons_count_what_agrees() {
+    if !kvm_or_skip() {
+        return;
+    }
+    // Longer than the monitor's buffer, so that the difference lies in a later part.
+    let mut bytes = pattern(700_000);
+    let first = file_with(&bytes);
+    bytes[600_001] ^= 1;
+    bytes.extend([0; 50]);
+    let second = file_with(&bytes);
+    let compare = |offset, target_offset, len| RequestHeader {
+        target_device: 1,
+        target_offset,
+        ..header(RequestKind::Compare, 0, offset, len)
+    };
+    let unknown = RequestHeader { target_device: 2, ..compare(0, 0, 1) };
+    let past_end = i64::MAX as u64;
+    let (status, _) = run(
+        Requests::new()
+            .add(compare(0, 0, 700_000), &[])
+            .add(compare(7, 7, 600_000 - 7), &[])
+            .add(compare(600_002, 600_002, 100_000 + 40), &[])
+            .add(compare(2, 0, 10), &[])
+            .add(compare(5, 5, 0), &[])
+            .add(compare(past_end - 10, 700_000, 10), &[])
+            .add(compare(past_end, 0, 1), &[])
+            .add(compare(0, u64::MAX, 2), &[])
+            .add(compare(0, 0, u64::MAX), &[])
+            .add(unknown, &[])
+            .add(compare(0, 0, 16), &[(PAYLOAD, 16)]),
+        &[],
+        &[(&first, false), (&second, false)],
+    );
+    let counts: Vec<u64> = status[..6].iter().map(|status| status.value).collect();
+    assert_eq!(counts, [600_001, 600_000 - 7, 100_040, 0, 0, 10]);
+    assert!(status[..6].iter().all(|status| status.status == STATUS_OK));
+    assert_eq!(status[6..], [REFUSED; 5]);
+}

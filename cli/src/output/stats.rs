@@ -20,10 +20,11 @@ pub fn print(report: &Report, form: StatsForm) {
 }
 
 /// Kinds of requests, by the name under which they are shown.
-const KINDS: [(&str, RequestKind); 9] = [
+const KINDS: [(&str, RequestKind); 10] = [
     ("read", RequestKind::Read),
     ("write", RequestKind::Write),
     ("copy", RequestKind::Copy),
+    ("compare", RequestKind::Compare),
     ("write-zeroes", RequestKind::WriteZeroes),
     ("discard", RequestKind::Discard),
     ("allocate", RequestKind::Allocate),

@@ -9,7 +9,7 @@ use instar_guest_protocol::ring::{
 };
 use zerocopy::IntoBytes;
 
-use super::queue::{Data, Queue};
+use super::queue::{Data, Outcome, Queue};
 use crate::files::FileTable;
 use crate::platform::Io;
 
@@ -78,13 +78,23 @@ fn turn(
     for outcome in turn.run() {
         match result(&outcome.status, outcome.offset) {
             // What came before, and was not part of a failure.
-            Ok(()) => batch[noted..outcome.tags.end.min(at.index).max(noted)].iter().for_each(|io| files.done(io)),
+            Ok(()) => {
+                note_difference(batch, &outcome);
+                batch[noted..outcome.tags.end.min(at.index).max(noted)].iter().for_each(|io| files.done(io));
+            }
             Err(error) if failed.is_none() => failed = Some((outcome.tags.start, error)),
             Err(_) => {}
         }
         noted = noted.max(outcome.tags.end.min(at.index));
     }
     failed.map_or(Ok(at), Err)
+}
+
+/// Takes over that a comparison, or a piece of one, found a difference.
+fn note_difference(batch: &mut [Io<'_>], outcome: &Outcome) {
+    if let Some(Io::Compare { equal, .. }) = batch.get_mut(outcome.tags.start) {
+        **equal &= outcome.status.value >= outcome.len;
+    }
 }
 
 /// A read that the end of the file cuts short.
@@ -140,6 +150,14 @@ impl<'b> Rest<'b> {
                     target_offset: *to_offset,
                     flags: RequestFlags::ONLY_SHARE.bits(),
                     ..header(RequestKind::Copy, *from, *offset)
+                };
+                Self::range(header, Data::Write(&[]), *len, MAX_COPY_BYTES)
+            }
+            Io::Compare { file, offset, other, other_offset, len, .. } => {
+                let header = RequestHeader {
+                    target_device: other.0,
+                    target_offset: *other_offset,
+                    ..header(RequestKind::Compare, *file, *offset)
                 };
                 Self::range(header, Data::Write(&[]), *len, MAX_COPY_BYTES)
             }

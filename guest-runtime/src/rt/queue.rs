@@ -127,6 +127,8 @@ pub struct Outcome {
     pub tags: Range<usize>,
     /// Where it began, bytes.
     pub offset: u64,
+    /// Its length, bytes.
+    pub len: u64,
     /// What the monitor says.
     pub status: RequestStatus,
 }
@@ -194,7 +196,8 @@ impl<'q, 'b> Turn<'q, 'b> {
         }
         (0..entry_count).map(|i| {
             let (first, end) = queue.entries[i].tags;
-            Outcome { tags: first..end, offset: queue.headers[i].offset, status: queue.statuses[i] }
+            let RequestHeader { offset, len, .. } = queue.headers[i];
+            Outcome { tags: first..end, offset, len, status: queue.statuses[i] }
         })
     }
 }

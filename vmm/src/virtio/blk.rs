@@ -6,7 +6,7 @@ use instar_guest_protocol::ring::{
     HoleRun, RequestFlags, RequestHeader, RequestKind, RequestStatus, STATUS_IO_ERROR, STATUS_OK, STATUS_REFUSED,
 };
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, fdatasync, seek};
-use rustix::io::{Errno, pwrite, retry_on_intr};
+use rustix::io::{Errno, pread, pwrite, retry_on_intr};
 use zerocopy::IntoBytes;
 
 use super::copy::Scratch;
@@ -82,12 +82,15 @@ impl Job<'_> {
         if request.direction != direction && request.data_len != 0 {
             return Err(Fault::Refused);
         }
-        let writes = !matches!(kind, RequestKind::Read | RequestKind::Holes | RequestKind::Copy | RequestKind::Flush);
+        let writes = !matches!(
+            kind,
+            RequestKind::Read | RequestKind::Holes | RequestKind::Copy | RequestKind::Compare | RequestKind::Flush
+        );
         if writes && !device.is_writable() {
             return Err(Fault::Refused);
         }
         match (kind, device.nbd()) {
-            (RequestKind::Holes | RequestKind::Copy, _) | (_, None) => {}
+            (RequestKind::Holes | RequestKind::Copy | RequestKind::Compare, _) | (_, None) => {}
             (kind, Some(nbd)) => return nbd.serve(kind, request),
         }
         match kind {
@@ -102,6 +105,10 @@ impl Job<'_> {
             RequestKind::Copy => {
                 let target = self.devices.get(header.target_device).ok_or(Fault::Refused)?;
                 super::copy::copy(device, target, &header, flags, self.scratch)
+            }
+            RequestKind::Compare => {
+                let other = self.devices.get(header.target_device).ok_or(Fault::Refused)?;
+                super::compare::compare(device, other, &header, self.scratch)
             }
             RequestKind::SetLen => set_len(device, header.offset),
             RequestKind::Allocate => allocate(device, header.offset, header.len, self.scratch),
@@ -199,6 +206,31 @@ fn fill_with_zeroes(device: &Device, offset: u64, end: u64, scratch: &mut Scratc
         }
         Ok(0)
     })
+}
+
+/// Fills `bytes` from `offset` on; what lies past the end of the device is zero.
+pub fn read_padded(device: &Device, offset: u64, bytes: &mut [u8]) -> rustix::io::Result<()> {
+    let have = device.len().saturating_sub(offset).min(bytes.len() as u64) as usize;
+    let (data, rest) = bytes.split_at_mut(have);
+    read_all(device, offset, data)?;
+    rest.fill(0);
+    Ok(())
+}
+
+/// Fills `bytes` from `offset` on, all of which the device has.
+pub fn read_all(device: &Device, offset: u64, bytes: &mut [u8]) -> rustix::io::Result<()> {
+    if let Some(nbd) = device.nbd() {
+        return nbd.read(offset, bytes);
+    }
+    let mut done = 0;
+    while done < bytes.len() {
+        match retry_on_intr(|| pread(device.file(), &mut bytes[done..], offset + done as u64))? {
+            // The file shrank under us.
+            0 => return Err(Errno::IO),
+            count => done += count,
+        }
+    }
+    Ok(())
 }
 
 /// Writes all of `bytes`, however many calls it takes.

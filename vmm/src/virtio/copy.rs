@@ -5,15 +5,15 @@ use std::ops::Range;
 use instar_guest_protocol::limits::MAX_COPY_BYTES;
 use instar_guest_protocol::ring::{RequestFlags, RequestHeader};
 use rustix::fs::copy_file_range;
-use rustix::io::{Errno, pread, retry_on_intr};
+use rustix::io::{Errno, retry_on_intr};
 
-use super::blk::{Fault, next_data, write_all, write_zeroes};
+use super::blk::{Fault, next_data, read_all, write_all, write_zeroes};
 use super::device::{Device, Lacks};
 use crate::rawio::clone_range;
 
-/// Bytes moved by one pair of system calls: large enough to make their cost vanish, small enough to stay in the processor's
-/// cache between reading, looking for zeroes and writing.
-const CHUNK: usize = 512 << 10;
+/// Bytes moved by one pair of system calls: large enough to make the cost of handing the file on to the next writer vanish, small enough
+/// to stay in the processor's cache between reading, looking for zeroes and writing.
+const CHUNK: usize = 1 << 20;
 /// Bytes of a page.
 const PAGE: usize = 4096;
 /// Alignment that reflinks ask for.
@@ -29,7 +29,7 @@ pub struct Scratch {
 
 impl Scratch {
     /// The buffer. It begins on a page: the processor copies much more slowly to places that lie askew to those they come from.
-    fn chunk(&mut self) -> &mut [u8] {
+    pub fn chunk(&mut self) -> &mut [u8] {
         if self.buffer.is_empty() {
             self.buffer = vec![0; CHUNK + PAGE];
         }
@@ -253,19 +253,7 @@ impl Plan<'_> {
     }
 
     fn read(&self, at: u64, chunk: &mut [u8]) -> Result<(), Fault> {
-        if let Some(nbd) = self.source.nbd() {
-            return Ok(nbd.read(self.offset + at, chunk)?);
-        }
-        let mut done = 0;
-        while done < chunk.len() {
-            let offset = self.offset + at + done as u64;
-            match retry_on_intr(|| pread(self.source.file(), &mut chunk[done..], offset))? {
-                // The file shrank under us.
-                0 => return Err(Fault::Io(Errno::IO)),
-                count => done += count,
-            }
-        }
-        Ok(())
+        Ok(read_all(self.source, self.offset + at, chunk)?)
     }
 
     fn write(&self, at: u64, chunk: &[u8]) -> Result<(), Fault> {

@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use instar_guest_protocol::boot::{DeviceFlags, DeviceInfo};
 use rustix::fs::ftruncate;
@@ -56,6 +56,9 @@ pub struct Device {
     len: AtomicU64,
     /// Held exclusively while the length is set, shared while a write may extend the file.
     length_changes: RwLock<()>,
+    /// Held while bytes are written into a regular file. File systems let one writer in at a time, and who waits for its turn there keeps a
+    /// processor busy; here it sleeps.
+    writer: Mutex<()>,
     /// What the file system turned out to be unable to do.
     pub lacks: Lacks,
     /// What was done with it.
@@ -102,6 +105,7 @@ impl Device {
             flags,
             len: AtomicU64::new(len),
             length_changes: RwLock::new(()),
+            writer: Mutex::new(()),
             lacks,
             counters: DeviceCounters::default(),
         }
@@ -147,6 +151,7 @@ impl Device {
     /// Runs a write that ends at `end`, and takes note of the growth.
     pub fn growing<T, E>(&self, end: u64, write: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
         let _guard = self.extension(end);
+        let _turn = (!self.is_block_device()).then(|| self.writer.lock().unwrap_or_else(PoisonError::into_inner));
         let result = write()?;
         self.has_grown_to(end);
         Ok(result)

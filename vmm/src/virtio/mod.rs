@@ -1,9 +1,10 @@
 //! The request queues: what the guest asks for, and how it is done.
 //!
 //! One queue per vCPU, served by that vCPU's own thread between two runs. `transport` and `queue` know rings, `request` knows
-//! the shape of a request, `device` the granted files, `blk` and `copy` do the work. None interprets a byte of a file.
+//! the shape of a request, `device` the granted files, `blk`, `copy` and `compare` do the work. None interprets a byte of a file.
 
 mod blk;
+mod compare;
 mod copy;
 mod device;
 mod nbd;

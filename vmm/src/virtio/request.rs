@@ -12,7 +12,7 @@ use crate::memory::GuestMemory;
 use crate::rawio::Buffers;
 
 /// All kinds, in the order of the statistics.
-pub const KINDS: [RequestKind; 9] = [
+pub const KINDS: [RequestKind; 10] = [
     RequestKind::Read,
     RequestKind::Write,
     RequestKind::Flush,
@@ -22,6 +22,7 @@ pub const KINDS: [RequestKind; 9] = [
     RequestKind::Copy,
     RequestKind::SetLen,
     RequestKind::Allocate,
+    RequestKind::Compare,
 ];
 
 /// Position of `kind` in [`KINDS`].

@@ -112,7 +112,7 @@ impl<'b> Batch<'b> {
 fn step_of(request: &Io<'_>, error: Error) -> Step {
     const EFBIG: i32 = 27;
     match request {
-        Io::Read { .. } => Step::Read,
+        Io::Read { .. } | Io::Compare { .. } => Step::Read,
         // The host does not say which side of a copy failed: only writing runs out of space.
         Io::Copy { .. } | Io::Share { .. } => match error.kind() {
             ErrorKind::NoSpace | ErrorKind::ReadOnly => Step::Write,

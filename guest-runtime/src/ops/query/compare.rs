@@ -5,7 +5,7 @@
 
 use alloc::vec::Vec;
 
-use instar_blockio::{Error, Extent, ExtentKind};
+use instar_blockio::{Error, Extent, ExtentKind, FileId};
 use instar_guest_protocol::message::{Call, CompareReply, CompareRequest, Failure, Progress, Step, call};
 
 use super::status::{Disk, Status};
@@ -14,7 +14,7 @@ use crate::lock::Lock;
 use crate::ops::convert::fill::{Batch, Scratch, fill};
 use crate::ops::convert::plan::Chunk;
 use crate::ops::failure::block;
-use crate::platform::Platform;
+use crate::platform::{Io, Platform};
 
 /// Bytes of a piece.
 const PIECE: u64 = 2 << 20;
@@ -275,6 +275,9 @@ fn compare<P: Platform>(
     scratch: &mut [Scratch<'_>; 2],
     buffers: &mut [Vec<u8>; 2],
 ) -> Result<Option<u64>, Fault> {
+    if equal_on_host(platform, piece) {
+        return Ok(None);
+    }
     for (side, (buffer, scratch)) in buffers.iter_mut().zip(scratch).enumerate() {
         buffer.resize(piece.len as usize, 0);
         let extents = piece.extents[side].clone();
@@ -289,4 +292,42 @@ fn compare<P: Platform>(
     let sectors = first.chunks(SECTOR).zip(second.chunks(SECTOR));
     let index = sectors.enumerate().find(|(_, (a, b))| a != b).map_or(0, |(index, _)| index);
     Ok(Some(piece.disk_offset(index * SECTOR)))
+}
+
+/// A run that lies plain in files of both disks: a place in each.
+struct PlainRun {
+    places: [(FileId, u64); 2],
+    len: u64,
+}
+
+/// The runs of a piece, if each lies plain in files of both disks or is zero in both.
+fn plain_runs(piece: &Piece) -> Option<Vec<PlainRun>> {
+    let mut runs = Vec::new();
+    let [mut first, mut second] = [piece.extents[0].iter().copied(), piece.extents[1].iter().copied()];
+    let (mut a, mut b) = (first.next(), second.next());
+    while let (Some(left), Some(right)) = (a, b) {
+        let len = left.len.min(right.len);
+        match (left.kind, right.kind) {
+            (ExtentKind::Data { file, host }, ExtentKind::Data { file: other, host: other_host }) => {
+                runs.push(PlainRun { places: [(file, host), (other, other_host)], len });
+            }
+            _ if is_zero_run(&left) && is_zero_run(&right) => {}
+            _ => return None,
+        }
+        a = left.clip(left.offset + len, left.len - len).or_else(|| first.next());
+        b = right.clip(right.offset + len, right.len - len).or_else(|| second.next());
+    }
+    Some(runs)
+}
+
+/// Whether the host finds both disks equal here. What it can't compare, or finds different, is looked at more closely.
+fn equal_on_host<P: Platform>(platform: &P, piece: &Piece) -> bool {
+    let Some(runs) = plain_runs(piece) else { return false };
+    let mut equal = alloc::vec![true; runs.len()];
+    let compare = |(run, equal)| {
+        let PlainRun { places: [(file, offset), (other, other_offset)], len } = run;
+        Io::Compare { file, offset, other, other_offset, len, equal }
+    };
+    let mut requests: Vec<Io<'_>> = runs.into_iter().zip(&mut equal).map(compare).collect();
+    platform.submit(&mut requests).is_ok() && equal.iter().all(|equal| *equal)
 }
