@@ -148,7 +148,7 @@ fn lock(file: &mut Opened, access: Access, force_share: bool, name: &str) -> Res
 
 /// Describes one image.
 fn describe(settings: &Settings, hop: &Hop) -> Result<ImageInfo, Problem> {
-    let mut machine = Vm::spawn(guest::INFO, &settings.limits, Work::Headers)?;
+    let mut machine = Vm::spawn_to_read(guest::INFO, &settings.limits, Work::Headers)?;
     let device = machine.grant(hop.file.fd.as_fd(), false)?.device;
     let named_dmg = hop.name.ends_with(".dmg");
     let image = Source { device, format: hop.format.into(), named_dmg, ..Source::default() };

@@ -1,11 +1,14 @@
 //! Files that this run created: they are gone again unless the run succeeds, also when a signal ends it.
 
+use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
+
+use crate::problem::printable;
 
 static CREATED: Mutex<Vec<Created>> = Mutex::new(Vec::new());
 static WATCH: Once = Once::new();
@@ -66,6 +69,26 @@ fn remove_all(created: &mut Vec<Created>) {
     }
 }
 
+/// From now on, a bug of the program is an error like others: one line, exit status 1, and nothing left behind.
+pub fn end_orderly_on_panic(program: &str) {
+    let program = program.to_owned();
+    std::panic::set_hook(Box::new(move |info| {
+        let what = info.payload_as_str().unwrap_or("no message");
+        let line = what.lines().next().unwrap_or_default();
+        let place = info.location().map(ToString::to_string).unwrap_or_default();
+        // The stream may be closed.
+        let _ = writeln!(
+            std::io::stderr(),
+            "{program}: Internal error, please report it: {} ({place})",
+            printable(line.as_bytes())
+        );
+        if let Ok(mut created) = CREATED.try_lock() {
+            remove_all(&mut created);
+        }
+        std::process::exit(1);
+    }));
+}
+
 /// From now on, a signal that ends the program removes the files first.
 fn watch_signals() {
     let Ok(mut signals) = Signals::new([SIGHUP, SIGINT, SIGTERM]) else { return };
@@ -86,6 +109,37 @@ fn watch_signals() {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const PLAYS_A_BUG: &str = "INSTAR_TEST_PLAYS_A_BUG";
+
+    /// Not a test by itself: what the next one runs in a process of its own.
+    #[test]
+    fn a_bug() {
+        let Some(path) = std::env::var_os(PLAYS_A_BUG) else { return };
+        end_orderly_on_panic("instar");
+        let mut leftovers = Leftovers::default();
+        let made = leftovers.create(Path::new(&path), || {
+            std::fs::write(&path, b"half")?;
+            let stat = std::fs::metadata(&path)?;
+            Ok::<_, std::io::Error>(((), Some((stat.dev(), stat.ino()))))
+        });
+        made.unwrap();
+        panic!("what must not be\n\x1b[2J");
+    }
+
+    #[test]
+    fn a_bug_is_an_error_like_others() {
+        let tmp = tempfile::tempdir().unwrap();
+        let path = tmp.path().join("output");
+        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+        let output =
+            command.args(["--exact", "cleanup::tests::a_bug", "--nocapture"]).env(PLAYS_A_BUG, &path).output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(text.lines().count(), 1, "{text}");
+        assert!(text.starts_with("instar: Internal error, please report it: what must not be ("), "{text}");
+        assert!(!path.exists());
+    }
 
     #[test]
     fn only_what_was_created_and_not_kept() {

@@ -60,6 +60,7 @@ fn main() -> ExitCode {
     let mut args = std::env::args_os().map(|arg| arg.to_string_lossy().into_owned());
     let program = Program::new(args.next().unwrap_or_default());
     let args: Vec<String> = args.collect();
+    cleanup::end_orderly_on_panic(program.name());
     let (outcome, command) = run(&program, &args);
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

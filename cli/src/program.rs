@@ -71,6 +71,11 @@ impl Program {
         Self { called, name }
     }
 
+    /// How it calls itself.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Its own name or qemu-img's?
     pub fn is_qemu_img(&self) -> bool {
         self.name == "qemu-img"

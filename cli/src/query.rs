@@ -74,7 +74,8 @@ impl Query<'_> {
         listener: &mut dyn Listener,
     ) -> Result<reply::Result, Unanswered> {
         let Self { settings, images, force_share, writable, work } = *self;
-        let mut machine = Vm::spawn(guest::QUERY, &settings.limits, work).map_err(Unanswered::Lost)?;
+        let spawn = if writable { Vm::spawn } else { Vm::spawn_to_read };
+        let mut machine = spawn(guest::QUERY, &settings.limits, work).map_err(Unanswered::Lost)?;
         let mut files = Files::new(settings.confinement().map_err(Unanswered::Lost)?);
         let access = Access { purpose: Purpose::Read, force_share };
         let mut sources = Vec::new();

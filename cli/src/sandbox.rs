@@ -91,6 +91,7 @@ impl Limits {
             vectors,
             user: self.user.unwrap_or(usual.user),
             debug: self.debug,
+            ..usual
         }
     }
 }
@@ -151,7 +152,19 @@ impl Vm {
     /// # Errors
     /// The process could not be started.
     pub fn spawn(guest: Guest, limits: &Limits, work: Work) -> Result<Self, Problem> {
-        let sandbox = Sandbox::spawn(guest.program, &limits.settings(work)).map_err(|error| problem(&error, guest))?;
+        Self::with(guest, limits, &limits.settings(work))
+    }
+
+    /// The same for a run that writes no file.
+    ///
+    /// # Errors
+    /// As [`spawn`](Self::spawn).
+    pub fn spawn_to_read(guest: Guest, limits: &Limits, work: Work) -> Result<Self, Problem> {
+        Self::with(guest, limits, &Settings { read_only: true, ..limits.settings(work) })
+    }
+
+    fn with(guest: Guest, limits: &Limits, settings: &Settings) -> Result<Self, Problem> {
+        let sandbox = Sandbox::spawn(guest.program, settings).map_err(|error| problem(&error, guest))?;
         Ok(Self { sandbox, guest, stats: limits.stats })
     }
 

@@ -598,3 +598,20 @@ fn progress_as_a_bar_and_on_a_signal() {
     child.kill().unwrap();
     child.wait().unwrap();
 }
+
+/// Both describe the image itself, so what it stands on need not be there, and is not looked at.
+#[test]
+fn backing_files_stay_closed_for_info_and_check() {
+    if !can_run(false) {
+        return;
+    }
+    let place = Place::new();
+    let home = place.home();
+    place.overlay("top.qcow2", "gone.raw");
+    for args in [&["info", "top.qcow2"][..], &["check", "top.qcow2"]] {
+        let output = instar(&home, args);
+        assert!(output.status.success(), "{args:?}: {}", stderr(&output));
+    }
+    let text = expect_refusal(&instar(&home, &["map", "top.qcow2"]), "map");
+    assert!(text.contains("No such file"), "{text}");
+}

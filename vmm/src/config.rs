@@ -19,6 +19,8 @@ pub struct Settings {
     pub time_limit: Option<Duration>,
     /// The monitor process, guest included, may use no more than so many seconds of processor time.
     pub cpu_limit: Option<u64>,
+    /// No file is written: where the system would still let the monitor process write one, it ends.
+    pub read_only: bool,
     /// Let the guest use AVX2 and what belongs to it (x86-64-v3) where the host has it. Makes the start a little slower.
     pub vectors: bool,
     /// The user and group that the monitor process becomes where the caller is root.
@@ -35,6 +37,7 @@ impl Default for Settings {
             stall: Duration::from_secs(10),
             time_limit: None,
             cpu_limit: None,
+            read_only: false,
             vectors: false,
             user: NOBODY,
             debug: false,

@@ -44,6 +44,8 @@ pub struct Plan {
     pub user: u32,
     /// Seconds of processor time that this process may use.
     pub cpu_limit: Option<u64>,
+    /// This process writes no file.
+    pub read_only: bool,
     /// More to say on failures.
     pub debug: bool,
 }
@@ -93,11 +95,12 @@ type Step<T> = Result<T, (KvmStep, i32)>;
 
 /// Builds the machine with one vCPU.
 fn build(plan: Plan, host: &'static Host) -> Step<(&'static Machine, VcpuFd, Phases)> {
-    let Plan { guest, elf, layout, progress, spawned, vectors, user, cpu_limit, debug } = plan;
+    let Plan { guest, elf, layout, progress, spawned, vectors, user, cpu_limit, read_only, debug } = plan;
     let progress: &'static Progress = Box::leak(Box::new(progress));
     let now = || spawned.elapsed().as_nanos() as u64;
     let mut phases = Phases { process: now(), ..Phases::default() };
-    process::limit_processor_time(cpu_limit).map_err(|errno| (KvmStep::Jail, errno.raw_os_error()))?;
+    // What is said on failures may go to a file.
+    process::limit(cpu_limit, read_only && !debug).map_err(|errno| (KvmStep::Jail, errno.raw_os_error()))?;
     let kvm = Kvm::new().map_err(|error| (KvmStep::Open, error.errno()))?;
     process::drop_privileges(kvm.as_raw_fd(), user, debug).map_err(|errno| (KvmStep::Jail, errno.raw_os_error()))?;
     phases.kvm = now();

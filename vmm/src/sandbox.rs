@@ -91,8 +91,19 @@ impl Sandbox {
         let layout = Layout::new(&elf, settings.vcpus, settings.memory)?;
         let progress = Arc::new(Progress::new()?);
         let debug = settings.debug;
-        let &Settings { vectors, user, cpu_limit, .. } = settings;
-        let plan = Plan { guest, elf, layout, progress: progress.clone(), spawned, vectors, user, cpu_limit, debug };
+        let &Settings { vectors, user, cpu_limit, read_only, .. } = settings;
+        let plan = Plan {
+            guest,
+            elf,
+            layout,
+            progress: progress.clone(),
+            spawned,
+            vectors,
+            user,
+            cpu_limit,
+            read_only,
+            debug,
+        };
         let (channel, process) = process::fork(debug, |channel| monitor::run(plan, channel)).map_err(Error::Process)?;
         Ok(Self {
             channel,

@@ -132,6 +132,22 @@ fn processor_time_has_a_limit() {
     }
 }
 
+/// Even a monitor that was taken over could not write in a run that writes nothing: the file is granted here as it never is.
+#[test]
+fn runs_that_read_can_write_no_file() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let file = tempfile::tempfile().unwrap();
+    let write = || Requests::new().add(header(RequestKind::Write, 0, 0, 512), &[(PAYLOAD, 512)]).guest(&[]);
+    write().run(&[(&file, true)]).unwrap();
+    assert_eq!(file.metadata().unwrap().len(), 512);
+    file.set_len(0).unwrap();
+    let result = write().run_with(&Settings { read_only: true, ..settings() }, &[(&file, true)]);
+    assert!(matches!(result, Err(Error::MonitorLost { status: Some(_) })), "{result:?}");
+    assert_eq!(file.metadata().unwrap().len(), 0);
+}
+
 #[test]
 fn messages_are_bounded_in_sum() {
     if !kvm_or_skip() {

@@ -67,7 +67,7 @@ fn every_thread_is_filtered_and_has_no_privileges() {
     if !kvm_or_skip() {
         return;
     }
-    let settings = Settings { vcpus: 3, user: 54321, ..settings() };
+    let settings = Settings { vcpus: 3, user: 54321, read_only: true, cpu_limit: Some(77), ..settings() };
     let sandbox = waiting_sandbox(&settings);
     let [process] = children().try_into().expect("one child");
     for status in settle(&process) {
@@ -87,6 +87,8 @@ fn every_thread_is_filtered_and_has_no_privileges() {
     assert_eq!(limit("Max core file size").split_whitespace().nth(4), Some("0"));
     let files: u64 = limit("Max open files").split_whitespace().nth(3).unwrap().parse().unwrap();
     assert!(files <= 1100, "{files}");
+    assert_eq!(limit("Max file size").split_whitespace().nth(3), Some("0"));
+    assert_eq!(limit("Max cpu time").split_whitespace().nth(3), Some("77"));
     drop(sandbox);
     assert!(!process.exists(), "the process outlives its owner");
 }

@@ -7,6 +7,8 @@ mod audit;
 mod bench;
 mod corpus;
 mod differential;
+#[cfg(test)]
+mod promises;
 mod reproduce;
 mod run;
 mod security;

@@ -157,7 +157,7 @@ impl Run {
         request: InfoRequest,
         access: Access,
     ) -> Result<Self, Unopened> {
-        let mut machine = Vm::spawn(guest::INFO, &settings.limits, Work::Headers)?;
+        let mut machine = Vm::spawn_to_read(guest::INFO, &settings.limits, Work::Headers)?;
         let mut files = Files::new(settings.confinement()?);
         let device =
             files.open_named(&mut machine, image, access).map_err(|problem| Unopened::of(&image.given, problem))?;

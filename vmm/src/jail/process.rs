@@ -156,8 +156,11 @@ fn leave_file_systems() {
     let _ = rules.and_then(|rules| rules.create()).and_then(|rules| rules.no_new_privs(false).restrict_self());
 }
 
-/// The process ends by a signal when it has used so many seconds of processor time.
-pub fn limit_processor_time(seconds: Option<u64>) -> Result<(), Errno> {
+/// The process ends by a signal when it has used so many seconds of processor time, and when it writes a file though it is `read_only`.
+pub fn limit(seconds: Option<u64>, read_only: bool) -> Result<(), Errno> {
+    if read_only {
+        setrlimit(Resource::Fsize, Rlimit { current: Some(0), maximum: Some(0) })?;
+    }
     let Some(seconds) = seconds else { return Ok(()) };
     let now = getrlimit(Resource::Cpu);
     let least = |limit: Option<u64>| Some(limit.map_or(seconds, |limit| limit.min(seconds)));
