@@ -68,6 +68,14 @@ pub fn name(format: Format) -> &'static str {
         Format::Vma => "vma",
         Format::Asif => "asif",
         Format::Bitlocker => "bitlocker",
+        Format::Tar => "tar",
+        Format::Gzip => "gzip",
+        Format::Xz => "xz",
+        Format::Zstd => "zstd",
+        Format::Bzip2 => "bzip2",
+        Format::Zip => "zip",
+        Format::Squashfs => "squashfs",
+        Format::Wim => "wim",
     }
 }
 

@@ -65,8 +65,10 @@ impl Report {
         let (is, looks) = (formats::name(format), formats::name(self.detected));
         let raw = format == Format::Raw;
         // Partition tables and file systems are what raw disks hold.
-        let inside =
-            matches!(self.detected, Format::Gpt | Format::Mbr | Format::Iso | Format::Bitlocker | Format::Unknown);
+        let inside = matches!(
+            self.detected,
+            Format::Gpt | Format::Mbr | Format::Iso | Format::Squashfs | Format::Bitlocker | Format::Unknown
+        );
         if self.detected != format && !(raw && inside) {
             self.warn(format!("read as {is}, but its contents look like {looks}"));
         }

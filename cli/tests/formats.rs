@@ -155,6 +155,194 @@ fn small_disks_of_all_kinds() {
     }
 }
 
+/// The formats between which disks are converted, each once as the source and once as the target.
+#[test]
+fn disks_go_from_each_kind_to_another() {
+    // A step that has no divisor in common with the count pairs each kind with another.
+    pairs(|count| (0..count).map(|at| (at, (at + 5) % count)).collect());
+}
+
+/// `cargo xtask formats`.
+#[test]
+#[ignore = "takes minutes"]
+fn disks_go_from_each_kind_to_each() {
+    pairs(|count| (0..count * count).map(|at| (at / count, at % count)).collect());
+}
+
+/// Converts one kind to another, and then over what is there already (`-n`): outputs, status and contents are qemu-img's.
+fn pairs(choose: fn(usize) -> Vec<(usize, usize)>) {
+    if !can_run(true) {
+        return;
+    }
+    for (seed, (from, to)) in (1000..).zip(choose(KINDS.len())) {
+        let (from, to) = (&KINDS[from], &KINDS[to]);
+        let what = format!("{} {} to {} {}", from.format, from.options, to.format, to.options);
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        sparse_disk(dir, &mut Random(seed), 5_000_704);
+        expect_success(&qemu_img(dir, &from.arguments("disk.raw", "from")), &what);
+        let mut args = to.arguments("from", "ours");
+        args[2] = from.format;
+        expect_success(&instar(dir, &args), &what);
+        same(qemu_img, dir, to, "ours", &what);
+        // Quirk named-extents: the files of an existing image that it names are not written.
+        let in_files = ["Flat", "twoGb"].iter().any(|word| to.options.contains(word));
+        let once = to.options.contains("streamOptimized");
+        let again = instar(dir, &["convert", "-n", "-f", from.format, "-O", to.format, "from", "ours"]);
+        assert_eq!(again.status.success(), !in_files && !once, "{what}: -n: {again:?}");
+        same(qemu_img, dir, to, "ours", &what);
+        if to.checked {
+            expect_success(&qemu_img(dir, &["check", "-f", to.format, "ours"]), &what);
+        }
+    }
+}
+
+/// Formats and options of images that are written in place.
+const IN_PLACE: [(&str, &str); 10] = [
+    ("vmdk", "subformat=monolithicSparse"),
+    ("vmdk", "zeroed_grain=on"),
+    ("vpc", "subformat=dynamic"),
+    ("vpc", "subformat=fixed"),
+    ("vhdx", "subformat=dynamic"),
+    ("vhdx", "subformat=fixed"),
+    ("qcow", "size=4M"),
+    ("qed", "cluster_size=64k"),
+    ("vdi", "static=off"),
+    ("vdi", "static=on"),
+];
+
+/// Two copies of an image, that both programs change in the same way: the contents and what is said are the same.
+fn changed_alike(dir: &Path, image: &str, format: &str, args: &[&str], what: &str) {
+    let copies = ["ours", "theirs"].map(|copy| dir.join(copy));
+    for copy in &copies {
+        fs::create_dir(copy).unwrap();
+        for file in support::listing(dir).iter().filter(|path| path.is_file()) {
+            fs::copy(file, copy.join(file.file_name().unwrap())).unwrap();
+        }
+    }
+    let (ours, theirs) = (instar(&copies[0], args), qemu_img(&copies[1], args));
+    let said = |output: &Output| {
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        // Each calls itself by its name.
+        (output.status.code(), text.split_once(": ").map(|(_, what)| what.to_owned()))
+    };
+    assert_eq!(said(&ours), said(&theirs), "{what}: {args:?}");
+    let paths = copies.each_ref().map(|copy| copy.join(image).to_str().unwrap().to_owned());
+    expect_success(&qemu_img(dir, &["compare", "-f", format, "-F", format, &paths[0], &paths[1]]), what);
+    let check = qemu_img(dir, &["check", "-f", format, &paths[0]]);
+    assert!(matches!(check.status.code(), Some(0 | 63)), "{what}: {check:?}");
+    for copy in &copies {
+        fs::remove_dir_all(copy).unwrap();
+    }
+}
+
+#[test]
+fn images_are_written_in_place() {
+    if !can_run(true) {
+        return;
+    }
+    for (format, options) in IN_PLACE {
+        let what = format!("{format} {options}");
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        let opened = |commands: &[&str], format: &str, image: &str| {
+            let mut command = std::process::Command::new("qemu-io");
+            command.current_dir(dir).args(["-f", format]);
+            commands.iter().for_each(|text| {
+                command.args(["-c", text]);
+            });
+            expect_success(&command.arg(image).output().unwrap(), &what);
+        };
+        expect_success(&qemu_img(dir, &["create", "-q", "-f", format, "-o", options, "base", "4M"]), &what);
+        opened(&["write -P 1 0 700k", "write -P 2 2M 100k"], format, "base");
+        let bench =
+            ["bench", "-q", "-f", format, "-c", "20", "-s", "5k", "-S", "200k", "-o", "1k", "-w", "--pattern", "7"];
+        changed_alike(
+            dir,
+            "base",
+            format,
+            &[&bench[..], &["-d", "2", "--flush-interval", "4", "base"]].concat(),
+            &what,
+        );
+        expect_success(&qemu_img(dir, &["create", "-q", "-f", "qcow2", "-b", "base", "-F", format, "over"]), &what);
+        opened(&["write -P 3 64k 100k", "write -P 4 3M 300k", "write -z 600k 64k"], "qcow2", "over");
+        changed_alike(dir, "base", format, &["commit", "over"], &what);
+        changed_alike(dir, "over", "qcow2", &["commit", "-d", "over"], &what);
+        // A longer overlay: only some formats can grow.
+        expect_success(&qemu_img(dir, &["resize", "-q", "-f", "qcow2", "over", "9M"]), &what);
+        changed_alike(dir, "base", format, &["commit", "over"], &what);
+    }
+}
+
+#[test]
+fn qed_images_get_another_backing_file() {
+    if !can_run(true) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let mut random = Random(77);
+    fs::write(dir.join("base"), random.disk(4 << 20)).unwrap();
+    fs::write(dir.join("other"), random.disk(3 << 20)).unwrap();
+    expect_success(&qemu_img(dir, &["create", "-q", "-f", "qed", "-b", "base", "-F", "raw", "over"]), "create");
+    support::qemu_io(dir, "over", &["write -P 3 64k 128k".to_owned(), "write -z 1M 128k".to_owned()]);
+    let long = "x".repeat(4000);
+    for args in [
+        &["rebase", "-b", "other", "-F", "raw", "over"][..],
+        &["rebase", "-b", "", "over"],
+        &["rebase", "-u", "-b", "other", "-F", "raw", "over"],
+        &["rebase", "-u", "-b", "", "over"],
+        &["rebase", "-c", "-b", "other", "-F", "raw", "over"],
+        &["rebase", "-u", "-b", &long, "-F", "raw", "over"],
+    ] {
+        // With a name that leads nowhere only the outputs can be compared.
+        if args[3] == long {
+            let (ours, theirs) = (instar(dir, args), qemu_img(dir, args));
+            assert_eq!(ours.status.code(), theirs.status.code(), "{ours:?} {theirs:?}");
+            continue;
+        }
+        changed_alike(dir, "over", "qed", args, &format!("{args:?}"));
+    }
+}
+
+/// The only cipher of qcow, whose key is the passphrase itself.
+#[test]
+fn encrypted_qcow_images_are_read() {
+    if !can_run(true) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let secret = ["--object", "secret,id=s,data=abc"];
+    let create = ["create", "-q", "-f", "qcow", "-o", "encrypt.format=aes,encrypt.key-secret=s", "q", "2M"];
+    expect_success(&qemu_img(dir, &[&create[..1], &secret, &create[1..]].concat()), "create");
+    let opts = "driver=qcow,encrypt.format=aes,encrypt.key-secret=s,file.filename=q";
+    let mut write = std::process::Command::new("qemu-io");
+    write.current_dir(dir).args(secret).args([
+        "--image-opts",
+        opts,
+        "-c",
+        "write -P 7 3k 200k",
+        "-c",
+        "write -P 9 1M 1k",
+    ]);
+    expect_success(&write.output().unwrap(), "write");
+    let programs: [(fn(&Path, &[&str]) -> Output, &str); 2] = [(instar, "ours.raw"), (qemu_img, "theirs.raw")];
+    for (program, name) in programs {
+        let args = [&["convert"], &secret[..], &["--image-opts", opts, "-O", "raw", name]].concat();
+        expect_success(&program(dir, &args), name);
+    }
+    let (ours, theirs) = (fs::read(dir.join("ours.raw")).unwrap(), fs::read(dir.join("theirs.raw")).unwrap());
+    assert!(ours == theirs && ours[3 << 10..][..1024] == [7; 1024]);
+    let without = ["convert", "-f", "qcow", "-O", "raw", "q", "x.raw"];
+    let (ours, theirs) = (instar(dir, &without), qemu_img(dir, &without));
+    let told = "Could not open 'q': Parameter 'encrypt.key-secret' is required for cipher";
+    for output in [ours, theirs] {
+        assert_eq!(output.status.code(), Some(1));
+        assert!(String::from_utf8_lossy(&output.stderr).contains(told), "{output:?}");
+    }
+}
+
 #[test]
 fn empty_disks_of_all_kinds() {
     if !can_run(true) {

@@ -237,6 +237,22 @@ pub enum Format {
     Asif = 37,
     /// BitLocker volume.
     Bitlocker = 38,
+    /// Tape archive, such as an OVA.
+    Tar = 39,
+    /// Compressed by gzip.
+    Gzip = 40,
+    /// Compressed by xz.
+    Xz = 41,
+    /// Compressed by Zstandard.
+    Zstd = 42,
+    /// Compressed by bzip2.
+    Bzip2 = 43,
+    /// ZIP archive.
+    Zip = 44,
+    /// SquashFS file system (read as raw).
+    Squashfs = 45,
+    /// Windows imaging format.
+    Wim = 46,
 }
 
 impl Format {
@@ -909,6 +925,9 @@ pub struct CommitRequest {
     /// Upper bound of bytes per second, 0 for none.
     #[prost(uint64, tag = "6")]
     pub rate_limit: u64,
+    /// 16 random bytes, for what a change to the image below makes new.
+    #[prost(bytes = "vec", tag = "7")]
+    pub seed: Vec<u8>,
 }
 
 /// Make requests to an image. A first [`Progress`] tells that it is open and the first request is about to be made.
@@ -941,6 +960,9 @@ pub struct BenchRequest {
     /// Flushes reach the disk.
     #[prost(bool, tag = "9")]
     pub flush: bool,
+    /// 16 random bytes, for what a write makes new.
+    #[prost(bytes = "vec", tag = "10")]
+    pub seed: Vec<u8>,
 }
 
 /// The image that is written.

@@ -66,7 +66,7 @@ const PROBES: [(Format, Test); 11] = [
 
 /// What only a careful reader sees, the more telling first: a file system or partition table often lies
 /// inside of something else.
-const MARKS: [(Format, Test); 13] = [
+const MARKS: [(Format, Test); 21] = [
     (Format::Vpc, is_vhd_footer),
     (Format::Dmg, |s| s.tail_holds(512, b"koly")),
     (Format::Luks, |s| s.starts(b"LUKS\xba\xbe")),
@@ -77,6 +77,15 @@ const MARKS: [(Format, Test); 13] = [
     (Format::Vmdk, |s| s.probe[..21].eq_ignore_ascii_case(b"# Disk DescriptorFile")),
     (Format::Parallels, is_parallels),
     (Format::Qcow, |s| s.starts(b"QFI\xfb")),
+    (Format::Wim, |s| s.starts(b"MSWIM\0\0\0")),
+    // What images travel in. (POSIX and GNU archives; the streams of RFC 1952, the .xz format, RFC 8878, bzip2; ZIP.)
+    (Format::Tar, |s| s.holds(257, b"ustar\x0000") || s.holds(257, b"ustar  \0")),
+    (Format::Gzip, |s| s.starts(b"\x1f\x8b\x08")),
+    (Format::Xz, |s| s.starts(b"\xfd7zXZ\0")),
+    (Format::Zstd, |s| s.starts(b"\x28\xb5\x2f\xfd")),
+    (Format::Bzip2, |s| s.starts(b"BZh") && s.holds(4, b"1AY&SY")),
+    (Format::Zip, |s| s.starts(b"PK\x03\x04")),
+    (Format::Squashfs, |s| s.starts(b"hsqs")),
     (Format::Iso, is_iso),
     (Format::Gpt, |s| matches!(s.partitions(), Some(PartitionTable::Gpt(_)))),
     (Format::Mbr, |s| matches!(s.partitions(), Some(PartitionTable::Mbr(_)))),
@@ -279,6 +288,16 @@ mod tests {
         check(&[(0, b"shdw")], Format::Raw, Format::Asif, &[]);
         check(&[(3, b"-FVE-FS-")], Format::Raw, Format::Bitlocker, &[]);
         check(&[(424, &BITLOCKER_TO_GO)], Format::Raw, Format::Bitlocker, &[]);
+        check(&[(0, b"MSWIM\0\0\0\xd0\0\0\0")], Format::Raw, Format::Wim, &[]);
+        check(&[(0, b"disk.ovf\0"), (257, b"ustar\x0000")], Format::Raw, Format::Tar, &[]);
+        check(&[(0, b"disk.ovf\0"), (257, b"ustar  \0")], Format::Raw, Format::Tar, &[]);
+        check(&[(0, &[0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 3])], Format::Raw, Format::Gzip, &[]);
+        check(&[(0, &[0xfd, 0x37, 0x7a, 0x58, 0x5a, 0, 0, 4])], Format::Raw, Format::Xz, &[]);
+        check(&[(0, &[0x28, 0xb5, 0x2f, 0xfd, 0x24])], Format::Raw, Format::Zstd, &[]);
+        check(&[(0, &[0x42, 0x5a, 0x68, 0x39, 0x31, 0x41, 0x59, 0x26, 0x53, 0x59])], Format::Raw, Format::Bzip2, &[]);
+        check(&[(0, &[0x50, 0x4b, 3, 4, 20])], Format::Raw, Format::Zip, &[]);
+        check(&[(0, b"hsqs")], Format::Raw, Format::Squashfs, &[]);
+        check(&[(0, b"BZh9"), (0x8001, b"CD001")], Format::Raw, Format::Iso, &[]);
         check(&[(0x8001, b"CD001")], Format::Raw, Format::Iso, &[]);
         check(&[(0x8801, b"NSR03")], Format::Raw, Format::Iso, &[]);
         check(&[MBR, BOOT_MARK], Format::Raw, Format::Mbr, &[]);

@@ -2,7 +2,9 @@
 //! is really there, whatever the fields claim.
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use instar_blockio::{BlockMap, BlockMapExt, BlockRead, Error, ErrorKind, FileId, Result};
@@ -130,8 +132,12 @@ fn peaks(format: &str, image: &Image) -> (usize, usize) {
     }
 }
 
+/// The count is of the whole process: one test at a time.
+static TURN: Mutex<()> = Mutex::new(());
+
 #[test]
 fn memory_follows_what_is_there() {
+    let _turn = TURN.lock();
     let cases = suite(&Surroundings { outside: PathBuf::from("/nowhere"), port: 1 });
     let mut tried = 0;
     let mut most = [(0, ""), (0, "")];
@@ -151,4 +157,87 @@ fn memory_follows_what_is_there() {
     }
     println!("{tried} images, most memory {most:?}");
     assert!(tried >= 500, "{tried}");
+}
+
+/// Values that fields are set to.
+const EXTREMES: [u64; 10] =
+    [0, 1, 0x7fff_ffff, 0xffff_ffff, u64::MAX, 1 << 63, i64::MAX as u64, 511, (1 << 55) - 1, 1 << 40];
+
+/// Numbers from nowhere, the same in each run (xorshift64*, Vigna 2016).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    fn below(&mut self, end: usize) -> usize {
+        (self.next() % end.max(1) as u64) as usize
+    }
+}
+
+/// An image with some changes: bits flipped, fields at their extremes, the end cut off, pieces copied elsewhere.
+fn mutated(bytes: &[u8], random: &mut Random) -> Vec<u8> {
+    let mut bytes = bytes.to_vec();
+    for _ in 0..1 + random.below(4) {
+        // Headers and tables stand in front, as a rule.
+        let reach = if random.below(3) > 0 { bytes.len().min(1024) } else { bytes.len() };
+        let at = random.below(reach);
+        match random.below(8) {
+            0 | 1 => bytes.iter_mut().skip(at).take(1).for_each(|byte| *byte ^= 1 << random.below(8)),
+            2 => bytes.truncate(at.max(8)),
+            3 => {
+                let (from, len) = (random.below(bytes.len()), 1 + random.below(600));
+                let piece: Vec<u8> = bytes.iter().skip(from).take(len).copied().collect();
+                bytes.iter_mut().skip(at).zip(piece).for_each(|(old, new)| *old = new);
+            }
+            other => {
+                let value = EXTREMES[random.below(EXTREMES.len())];
+                let value = if other % 2 == 0 { value.to_le_bytes() } else { value.to_be_bytes() };
+                let width = [2, 4, 8][random.below(3)];
+                let part = if other % 2 == 0 { &value[..width] } else { &value[8 - width..] };
+                bytes.iter_mut().skip(at & !1).zip(part).for_each(|(old, new)| *old = *new);
+            }
+        }
+    }
+    bytes
+}
+
+/// The images of the suite, which are wrong in one place each, made wrong in some more.
+#[test]
+fn memory_follows_what_is_there_after_mutations() {
+    const LARGEST: u64 = 4 << 20;
+    let _turn = TURN.lock();
+    let cases = suite(&Surroundings { outside: PathBuf::from("/nowhere"), port: 1 });
+    let mut random = Random(0x1234_5678_9abc_def1);
+    let mut tried = BTreeMap::new();
+    for case in &cases {
+        let format = case.name.split('/').next().unwrap_or_default();
+        for (_, content) in case.files.iter().filter(|(name, _)| name == case.image) {
+            let Content::Bytes(image) = content else { continue };
+            if image.size() > LARGEST || image.size() == 0 {
+                continue;
+            }
+            let bytes = image.bytes();
+            for _ in 0..4 {
+                let changed = mutated(&bytes, &mut random);
+                let (len, image) = (changed.len(), Image::new().put(0, &changed));
+                let (reading, checking) = peaks(format, &image);
+                *tried.entry(format).or_insert(0) += 1;
+                let most = MOST + 4 * len;
+                if reading.max(checking) > most {
+                    let at = std::env::temp_dir().join("instar-memory.img");
+                    std::fs::write(&at, &changed).unwrap();
+                    panic!("{}: {reading} bytes to read, {checking} to check {len}: {}", case.name, at.display());
+                }
+            }
+        }
+    }
+    println!("{tried:?}");
+    for format in ["qcow2", "vmdk", "vpc", "vhdx", "qcow", "qed", "vdi", "parallels", "dmg", "bochs", "cloop"] {
+        assert!(tried.get(format).is_some_and(|count| *count >= 16), "{format}: {tried:?}");
+    }
 }

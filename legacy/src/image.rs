@@ -1,11 +1,13 @@
 //! What the images of all formats have in common: reading by way of the map.
 
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::cell::RefCell;
 use core::fmt;
 
 use instar_blockio::{
-    BlockMap, BlockRead, Codec, CompressedRun, Error, ErrorKind, Extent, ExtentKind, FileId, Result, check_range,
+    BlockMap, BlockRead, Codec, CompressedRun, Error, ErrorKind, Extent, ExtentKind, FileId, Result, SectorCipher,
+    check_range, read_encrypted,
 };
 use instar_codec::Decoder;
 
@@ -65,6 +67,8 @@ pub struct Image<D, F> {
     pub(crate) store: Store<D>,
     pub(crate) format: F,
     pub(crate) id: FileId,
+    /// Decrypts what lies plain in the file; positions are offsets of the disk.
+    pub(crate) cipher: Option<Arc<dyn SectorCipher>>,
     unpacked: RefCell<Unpacked>,
 }
 
@@ -78,7 +82,7 @@ pub struct Unpacked {
 
 impl<D, F> Image<D, F> {
     pub(crate) fn new(store: Store<D>, format: F, id: FileId) -> Self {
-        Self { store, format, id, unpacked: RefCell::default() }
+        Self { store, format, id, cipher: None, unpacked: RefCell::default() }
     }
 
     /// Gives the file back.
@@ -99,13 +103,19 @@ impl<D: BlockRead, F: Map> BlockRead for Image<D, F> {
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        read(&self.store, &self.format, &mut self.unpacked.borrow_mut(), offset, buf)
+        let cipher = self.cipher.as_deref();
+        read(&self.store, &self.format, cipher, &mut self.unpacked.borrow_mut(), offset, buf)
     }
 }
 
 impl<D: BlockRead, F: Map> BlockMap for Image<D, F> {
     fn extent_at(&self, offset: u64, max_len: u64) -> Result<Extent> {
-        extent(&self.store, &self.format, self.id, offset, max_len)
+        let found = extent(&self.store, &self.format, self.id, offset, max_len)?;
+        let kind = match (found.kind, &self.cipher) {
+            (ExtentKind::Data { file, host }, Some(_)) => ExtentKind::Encrypted { file, host, position: offset },
+            (kind, _) => kind,
+        };
+        Ok(Extent { kind, ..found })
     }
 }
 
@@ -155,6 +165,7 @@ fn checked_run<D: BlockRead, F: Map>(store: &Store<D>, format: &F, offset: u64, 
 pub fn read<D: BlockRead, F: Map>(
     store: &Store<D>,
     format: &F,
+    cipher: Option<&dyn SectorCipher>,
     unpacked: &mut Unpacked,
     offset: u64,
     buf: &mut [u8],
@@ -165,7 +176,12 @@ pub fn read<D: BlockRead, F: Map>(
         let (len, run) = checked_run(store, format, at, rest.len() as u64)?;
         let (now, later) = rest.split_at_mut(usize::try_from(len).unwrap_or(usize::MAX).min(rest.len()));
         match run {
-            Run::Data(host) => read_padded(store.file(), host, now)?,
+            Run::Data(host) => match cipher {
+                Some(cipher) => {
+                    read_encrypted(cipher, host, at, now, |host, buf| read_padded(store.file(), host, buf))?
+                }
+                None => read_padded(store.file(), host, now)?,
+            },
             Run::Zero | Run::Unallocated => now.fill(0),
             Run::Packed(packed) => {
                 let unit = unpacked.unpack(store.file(), &packed)?;

@@ -160,7 +160,7 @@ impl<D: BlockWrite, F: Allocate> Writer<D, F> {
     }
 
     /// Before the first change.
-    fn begin(&mut self) -> Result<()> {
+    pub(crate) fn begin(&mut self) -> Result<()> {
         if !self.begun {
             self.format.begin(&mut self.store)?;
             self.store.write_dirty(self.format.end())?;
@@ -316,7 +316,7 @@ impl<D: BlockRead, F: Map> BlockRead for Writer<D, F> {
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        read(&self.store, &self.format, &mut self.unpacked.borrow_mut(), offset, buf)
+        read(&self.store, &self.format, None, &mut self.unpacked.borrow_mut(), offset, buf)
     }
 
     fn limits(&self) -> Limits {

@@ -147,11 +147,18 @@ impl<D: BlockRead> Image<D> {
             return Err(Error::NotVmdk);
         }
         let text = pages.read_vec(0, len.min(MAX_LEN) as usize)?;
-        Self::of_descriptor(Descriptor::parse(&text)?, options)
+        let descriptor = Descriptor::parse(&text).or_else(|error| {
+            // Images of devices have extents of their own types: what is wrong is the type of the image.
+            match Descriptor::parse(&without_extents(&text)) {
+                Ok(known) if !is_known(&known.create_type) => Err(Error::UnsupportedType(known.create_type)),
+                _ => Err(error),
+            }
+        })?;
+        Self::of_descriptor(descriptor, options)
     }
 
     fn of_descriptor(descriptor: Descriptor, options: &OpenOptions) -> Result<Self> {
-        if !TYPES.contains(&descriptor.create_type.as_slice()) {
+        if !is_known(&descriptor.create_type) {
             return Err(Error::UnsupportedType(descriptor.create_type));
         }
         // A disk of no bytes has none.
@@ -331,6 +338,11 @@ impl<D: BlockRead> Image<D> {
         buf.copy_from_slice(part);
         Ok(())
     }
+}
+
+/// Is it a type of image whose extents are looked at?
+fn is_known(create_type: &[u8]) -> bool {
+    TYPES.contains(&create_type)
 }
 
 /// What is known of an extent without a descriptor.

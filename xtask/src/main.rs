@@ -30,6 +30,11 @@ const TASKS: &[Task] = &[
     Task { name: "test", what: "all tests: nextest where installed, then the doc tests", run: test::test },
     Task { name: "golden", what: "qemu-img transcripts of ../shared/golden [-- REGEX]", run: test::golden },
     Task { name: "corpus", what: "real images of ../shared/corpus [-- REGEX]", run: corpus::corpus },
+    Task {
+        name: "formats",
+        what: "every writable format into every other, with qemu-img as the judge",
+        run: test::formats,
+    },
     Task { name: "bench-smoke", what: "run each criterion bench once", run: test::bench_smoke },
     Task { name: "fuzz", what: "every fuzz target on stable: [--seconds N] [TARGET]", run: test::fuzz },
     Task {

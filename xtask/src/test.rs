@@ -27,6 +27,12 @@ pub fn fuzz(args: &[String]) -> Result {
     run(cargo().args(["run", "--quiet", "--manifest-path", "fuzz/Cargo.toml", "--"]).args(args))
 }
 
+/// Each writable format and subformat into each.
+pub fn formats(args: &[String]) -> Result {
+    let test = ["test", "--release", "--package", "instar", "--test", "formats", "--", "--ignored", "--nocapture"];
+    run(cargo().args(test).args(args))
+}
+
 /// The golden transcripts.
 pub fn golden(args: &[String]) -> Result {
     shared_runner("golden/run.py", args)

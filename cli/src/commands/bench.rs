@@ -7,6 +7,7 @@ use instar_guest_protocol::message::{BenchRequest, Progress};
 
 use super::{CommandLine, Objects, Settings, is_cache_mode};
 use crate::args::{Key, Opt};
+use crate::creation::seed;
 use crate::edit::{Attendant, Edit};
 use crate::image_opts::ImageSpec;
 use crate::messages;
@@ -170,6 +171,7 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
         pattern: arguments.write.then_some(arguments.pattern as u32),
         flush_interval: arguments.flush_interval,
         flush: arguments.cache.as_deref() != Some("unsafe"),
+        seed: seed(),
         ..BenchRequest::default()
     };
     let mut stopwatch = Stopwatch { text: arguments.announcement(), started: None, printed: Ok(()) };

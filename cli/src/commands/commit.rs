@@ -7,6 +7,7 @@ use instar_guest_protocol::message::{Cause, CommitRequest, OpenFile, Progress};
 
 use super::{CommandLine, Objects, Settings, is_cache_mode};
 use crate::args::{Key, Opt};
+use crate::creation::seed;
 use crate::edit::{Attendant, Edit};
 use crate::files::{Files, Origin};
 use crate::image_opts::ImageSpec;
@@ -96,6 +97,7 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
     let request = CommitRequest {
         keep: arguments.keep,
         flush: arguments.cache.as_deref() != Some("unsafe"),
+        seed: seed(),
         threads,
         progress: attendant.line.is_visible(),
         rate_limit: arguments.rate,

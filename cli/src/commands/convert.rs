@@ -411,6 +411,10 @@ impl Plan {
         if arguments.compress && !creation::find(plan.format).is_some_and(|format| format.compresses) {
             return Err(Problem::new("Compression not supported for this file format"));
         }
+        // Bytes in one piece have no clusters that could be compressed.
+        if arguments.compress && plan.wire.vmdk.as_ref().is_some_and(|own| own.subformat.ends_with(b"Flat")) {
+            return Err(Problem::new("invalid cluster size"));
+        }
         if arguments.bitmaps && plan.format != Format::Qcow2 {
             let text = format!("Format driver '{}' does not support bitmaps", formats::name(plan.format));
             return Err(Problem::new(text));
@@ -432,10 +436,8 @@ impl Plan {
             Format::File => Format::Raw,
             format => format,
         };
-        let vmdk = (format == Format::Vmdk).then(creation::vmdk::existing);
         let data_file_named = spec.data_file.is_some();
-        let wire =
-            Target { format: format.into(), existing: true, vmdk, seed: seed(), data_file_named, ..Target::default() };
+        let wire = Target { format: format.into(), existing: true, seed: seed(), data_file_named, ..Target::default() };
         Ok(Self {
             given: target.to_owned(),
             format,

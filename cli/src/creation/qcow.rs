@@ -38,7 +38,9 @@ fn layout(options: &Options, objects: &Objects) -> Layout {
 
 fn encryption_problem(options: &Options, objects: &Objects) -> Option<String> {
     match options.text("encrypt.format") {
-        None if options.switch("encryption") != Some(true) => return None,
+        None if options.switch("encryption") != Some(true) => {
+            return options.text("encrypt.key-secret").map(|_| "Parameter 'encrypt.format' is missing".to_owned());
+        }
         None | Some("aes") => {}
         Some("luks") => return Some("Unsupported encryption format".to_owned()),
         Some(word) => return Some(format!("Parameter 'format' does not accept value '{word}'")),

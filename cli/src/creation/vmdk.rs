@@ -79,7 +79,9 @@ fn layout(options: &Options, _: &Objects) -> Layout {
     let hardware = options.text("hwversion").filter(|version| *version != "undefined");
     let extent_files = SUBFORMATS.iter().find(|(name, _)| *name == subformat).map(|(_, files)| *files);
     let flat = subformat.ends_with("Flat");
-    let early = if !ADAPTERS.contains(&adapter.as_str()) {
+    let early = if options.text("backing_fmt").is_some_and(|name| name != "vmdk") {
+        Some("backing_file must be a vmdk image".to_owned())
+    } else if !ADAPTERS.contains(&adapter.as_str()) {
         Some(format!("invalid parameter value: {adapter}"))
     } else if extent_files.is_none() {
         Some(format!("invalid parameter value: {subformat}"))
@@ -120,11 +122,6 @@ pub fn name_target(wire: &mut Target, target: &str, filled: bool) {
         own.name = Path::new(target).file_name().map(|name| name.as_encoded_bytes().to_vec()).unwrap_or_default();
         own.filled = filled;
     }
-}
-
-/// What an existing image is told when it is written into.
-pub fn existing() -> VmdkOptions {
-    VmdkOptions { cid: random_number().unwrap_or_default(), ..VmdkOptions::default() }
 }
 
 /// A random number, never one that means something.

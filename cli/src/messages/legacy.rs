@@ -24,6 +24,7 @@ pub fn not_in_format(format: Format) -> Option<&'static str> {
         Format::Qed => "Image not in QED format",
         Format::Parallels => "Image not in Parallels format",
         Format::Bochs => "Image not in Bochs format",
+        Format::Vpc => "invalid VPC image",
         _ => return None,
     })
 }

@@ -14,7 +14,7 @@ use crate::platform::{File, Platform};
 /// Opens an image.
 pub(super) fn open<P: Platform>(file: File<P>, id: FileId, strict: bool) -> Result<Box<dyn OpenImage<P>>, Failure> {
     let image = Image::open(file, id, &OpenOptions { strict }).map_err(|error| failure(id, error))?;
-    Ok(Box::new(Legacy { image, id, format: Format::Cloop, facts: Facts::default() }))
+    Ok(Box::new(Legacy { image, id, format: Format::Cloop, facts: Facts::default(), unlock: None }))
 }
 
 fn failure(id: FileId, error: Error) -> Failure {

@@ -26,7 +26,7 @@ pub(super) fn open<P: Platform>(
         let warning = Failure { value: kind.into(), ..about(Step::Open, id, Cause::UnreadableChunks) };
         platform.call(&Call { kind: Some(call::Kind::Warning(warning)) });
     }
-    Ok(Box::new(Legacy { image, id, format: Format::Dmg, facts: Facts::default() }))
+    Ok(Box::new(Legacy { image, id, format: Format::Dmg, facts: Facts::default(), unlock: None }))
 }
 
 fn failure(id: FileId, error: Error) -> Failure {

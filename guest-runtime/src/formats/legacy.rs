@@ -1,15 +1,17 @@
 //! What the older formats have in common: an image without snapshots, further files and tables of its own to tell of.
 
 use alloc::boxed::Box;
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-use instar_blockio::{Codec, Error, FileId, Layer, Result as BlockResult};
+use instar_blockio::{Codec, Error, FileId, Layer, Result as BlockResult, SectorCipher};
 use instar_guest_protocol::message::{
-    Cause, Failure, FileRole, Format, FormatFault, ImageInfo, Reference, SnapshotSelector, Step,
+    Cause, Failure, FileRole, Format, FormatFault, ImageInfo, Key, Reference, SnapshotSelector, Step,
 };
 use instar_legacy as legacy;
 
-use super::target::{TargetDisk, open_target_file};
+use super::qcow2::legacy_cipher;
+use super::target::{TargetDisk, TargetFile};
 use super::{Backing, Compression, ImageWriter, MappedImage, OpenImage, TargetImage};
 use crate::ops::failure::{about, block};
 use crate::platform::Platform;
@@ -20,7 +22,12 @@ pub(super) struct Legacy<I> {
     pub id: FileId,
     pub format: Format,
     pub facts: Facts,
+    /// Hands in the cipher of an encrypted image, until that is done.
+    pub unlock: Option<Unlock<I>>,
 }
+
+/// Takes the cipher of the contents.
+pub(super) type Unlock<I> = fn(&mut I, Arc<dyn SectorCipher>);
 
 /// What `info` tells.
 #[derive(Clone, Debug, Default)]
@@ -41,10 +48,21 @@ impl<P: Platform, I: Layer + 'static> OpenImage<P> for Legacy<I> {
         Some(Backing { names: alloc::vec![name], driver: self.facts.backing_format.clone() })
     }
 
+    fn unlock(&mut self, platform: &P, key: &Key) -> Result<(), Failure> {
+        if let Some(unlock) = self.unlock.take() {
+            let cipher = legacy_cipher(self.id, key)?;
+            if let Some(state) = platform.files().get(self.id) {
+                state.set_cipher(cipher.clone());
+            }
+            unlock(&mut self.image, cipher);
+        }
+        Ok(())
+    }
+
     fn open_parts(&mut self, _: &P) -> Result<(), Failure> {
-        match self.facts.encrypted {
-            true => Err(Failure { format: self.format.into(), ..about(Step::Open, self.id, Cause::Encrypted) }),
-            false => Ok(()),
+        match self.unlock {
+            Some(_) => Err(Failure { format: self.format.into(), ..about(Step::Open, self.id, Cause::Encrypted) }),
+            None => Ok(()),
         }
     }
 
@@ -92,6 +110,12 @@ pub(super) fn deflate(unit: u64) -> Compression {
 pub(super) trait Finish: ImageWriter {
     /// Writes the rest of the metadata.
     fn finish_image(self) -> BlockResult<()>;
+
+    /// Records another backing image; see [`MappedImage::set_backing`].
+    fn record_backing(&mut self, id: FileId, name: &[u8], format_name: &[u8]) -> Option<Result<(), Failure>> {
+        let _ = (id, name, format_name);
+        None
+    }
 }
 
 impl<P: Platform, F> MappedImage<P> for LegacyTarget<P, F>
@@ -114,6 +138,10 @@ where
         self.compression
     }
 
+    fn set_backing(&mut self, name: &[u8], format_name: &[u8]) -> Option<Result<(), Failure>> {
+        self.writer.record_backing(self.id, name, format_name)
+    }
+
     fn on_block_device(&self) -> bool {
         self.block_device
     }
@@ -124,17 +152,15 @@ where
     }
 }
 
-/// Opens the target's file and makes or opens the image in it.
+/// Makes or opens the image in a file.
 pub(super) fn target<P: Platform, F: Send + 'static>(
-    platform: &P,
-    size: u64,
+    file: TargetFile<P>,
     durable: bool,
     open: impl FnOnce(TargetDisk<P>, FileId) -> Result<(legacy::Writer<TargetDisk<P>, F>, Option<Compression>), Failure>,
 ) -> Result<TargetImage<P>, Failure>
 where
     legacy::Writer<TargetDisk<P>, F>: Finish,
 {
-    let file = open_target_file(platform, FileRole::Target, size)?;
     let (id, block_device) = (file.id, file.block_device);
     let (writer, compression) = open(file.disk(durable), id)?;
     Ok(TargetImage::Mapped(Box::new(LegacyTarget { writer, id, block_device, compression })))
@@ -170,4 +196,4 @@ macro_rules! finish {
     )*};
 }
 
-finish!(qcow, qed, vdi, parallels);
+finish!(qcow, vdi, parallels);

@@ -28,11 +28,11 @@ use alloc::vec::Vec;
 use instar_blockio::check::CheckReport;
 use instar_blockio::{BlockAlloc, BlockRead, BlockWrite, Codec, FileId, Layer, ReadPart, SectorCipher};
 use instar_guest_protocol::message::{
-    Cause, CheckFinding, Failure, Field, Format, ImageInfo, Key, OptionError, Reference, SnapshotSelector, Source,
-    Step, Target, VhdSize,
+    Cause, CheckFinding, Failure, Field, FileRole, Format, ImageInfo, Key, OptionError, Reference, SnapshotSelector,
+    Source, Step, Target, VhdSize,
 };
 
-use self::target::TargetDisk;
+use self::target::{TargetDisk, TargetFile, granted_target_file, open_target_file};
 use crate::detect::{Detection, HEAD_LEN, TAIL_LEN, detect};
 use crate::ops::failure::{about, block, failure};
 use crate::platform::{File, Platform};
@@ -202,6 +202,12 @@ pub trait MappedImage<P: Platform>: Send {
     /// What nobody writes does not read as zero in the file below, although the image is fresh.
     fn on_block_device(&self) -> bool;
 
+    /// Records another backing image, or none (an empty name); `None`: the format can't.
+    fn set_backing(&mut self, name: &[u8], format_name: &[u8]) -> Option<Result<(), Failure>> {
+        let _ = (name, format_name);
+        None
+    }
+
     /// Completes the file behind the last compressed unit.
     fn end_compressed(&mut self) {}
 
@@ -357,13 +363,14 @@ pub fn create_image<P: Platform>(
     size: u64,
     durable: bool,
 ) -> Result<TargetImage<P>, Failure> {
+    let file = || open_target_file(platform, FileRole::Target, size);
     match target.format() {
         Format::Raw => raw::create(platform, target, size),
         Format::Qcow2 => qcow2::create(platform, target, size, durable),
-        Format::Qcow => qcow::create(platform, target, size, durable),
-        Format::Qed => qed::create(platform, target, size, durable),
-        Format::Vdi => vdi::create(platform, target, size, durable),
-        Format::Parallels => parallels::create(platform, target, size, durable),
+        Format::Qcow => qcow::create(file()?, target, size, durable),
+        Format::Qed => qed::create(file()?, target, size, durable),
+        Format::Vdi => vdi::create(file()?, target, size, durable),
+        Format::Parallels => parallels::create(file()?, target, size, durable),
         Format::Vhdx => vhdx::create(platform, target, size, durable),
         Format::Vmdk => vmdk::create(platform, target, size, durable),
         Format::Vpc => vhd::create(platform, target, size, durable),
@@ -386,18 +393,34 @@ pub fn open_target<P: Platform>(
         Format::Raw => raw::open_target(platform, size),
         Format::Luks => luks::open_target(platform, target, size),
         Format::Qcow2 => qcow2::open_target(platform, target, size, durable),
-        Format::Qcow => qcow::open_target(platform, size, durable),
-        Format::Qed => qed::open_target(platform, size, durable),
-        Format::Vdi => vdi::open_target(platform, size, durable),
-        Format::Parallels => parallels::open_target(platform, size, durable),
-        Format::Vhdx => vhdx::open_target(platform, target, size, durable),
-        Format::Vmdk => vmdk::open_target(platform, target, size, durable),
-        Format::Vpc => vhd::open_target(platform, size, durable),
-        format => Err(Failure { format: format.into(), ..failure(Step::OpenTarget, Cause::FormatNotSupported) }),
+        format => {
+            let file = open_target_file(platform, FileRole::Target, size)?;
+            open_existing(Step::OpenTarget, file, format, &target.seed, durable)
+        }
     }
 }
 
-/// Opens the image on a granted, writable device to write into it.
+/// Opens an existing image with all of it in one file. `seed`: random bytes for what a change makes new.
+fn open_existing<P: Platform>(
+    step: Step,
+    file: TargetFile<P>,
+    format: Format,
+    seed: &[u8],
+    durable: bool,
+) -> Result<TargetImage<P>, Failure> {
+    match format {
+        Format::Qcow => qcow::open_existing(step, file, durable),
+        Format::Qed => qed::open_existing(step, file, durable),
+        Format::Vdi => vdi::open_existing(step, file, durable),
+        Format::Parallels => parallels::open_existing(step, file, durable),
+        Format::Vhdx => vhdx::open_existing(step, file, seed, durable),
+        Format::Vmdk => vmdk::open_existing(step, file, seed, durable),
+        Format::Vpc => vhd::open_existing(step, file, durable),
+        format => Err(Failure { format: format.into(), ..about(step, file.id, Cause::FormatNotSupported) }),
+    }
+}
+
+/// Opens the image on a granted, writable device to write into it. `seed`: 16 random bytes for what a change makes new.
 ///
 /// # Errors
 /// An image that can't be written.
@@ -405,16 +428,14 @@ pub fn open_in_place<P: Platform>(
     platform: &P,
     device: u32,
     format: Format,
+    seed: &[u8],
     durable: bool,
 ) -> Result<TargetImage<P>, Failure> {
     match format {
         Format::Raw | Format::File => raw::open_in_place(platform, device),
         Format::Qcow2 => qcow2::open_in_place(platform, device, durable, true),
         Format::Luks => luks::open_in_place(platform, device),
-        format => {
-            let id = FileId(device);
-            Err(Failure { format: format.into(), ..about(Step::Open, id, Cause::FormatNotSupported) })
-        }
+        format => open_existing(Step::Open, granted_target_file(platform, device)?, format, seed, durable),
     }
 }
 

@@ -9,6 +9,7 @@ use instar_legacy::parallels::{
 };
 
 use super::legacy::{Facts, Legacy, fault, io, not_in_format, target};
+use super::target::TargetFile;
 use super::{OpenImage, TargetImage, invalid_options};
 use crate::ops::failure::about;
 use crate::platform::{File, Platform};
@@ -16,19 +17,19 @@ use crate::platform::{File, Platform};
 /// Opens an image.
 pub(super) fn open<P: Platform>(file: File<P>, id: FileId, strict: bool) -> Result<Box<dyn OpenImage<P>>, Failure> {
     let image = Image::open(file, id, &OpenOptions { strict }).map_err(|error| failure(Step::Open, id, error))?;
-    Ok(Box::new(Legacy { image, id, format: Format::Parallels, facts: Facts::default() }))
+    Ok(Box::new(Legacy { image, id, format: Format::Parallels, facts: Facts::default(), unlock: None }))
 }
 
 /// Makes a fresh image; it has no valid header before it is finished.
 pub(super) fn create<P: Platform>(
-    platform: &P,
+    file: TargetFile<P>,
     wanted: &Target,
     size: u64,
     durable: bool,
 ) -> Result<TargetImage<P>, Failure> {
     let standard = CreateOptions::default();
     let cluster_size = wanted.parallels.as_ref().and_then(|own| own.cluster_size).unwrap_or(standard.cluster_size);
-    target(platform, size, durable, |disk, id| {
+    target(file, durable, |disk, id| {
         let options = CreateOptions { size, cluster_size };
         let writer = create_parallels(disk, id, &options).map_err(|error| failure(Step::Create, id, error))?;
         Ok((writer, None))
@@ -36,10 +37,12 @@ pub(super) fn create<P: Platform>(
 }
 
 /// Opens an existing image to write into it.
-pub(super) fn open_target<P: Platform>(platform: &P, size: u64, durable: bool) -> Result<TargetImage<P>, Failure> {
-    target(platform, size, durable, |disk, id| {
-        Ok((Writer::open(disk, id).map_err(|error| failure(Step::OpenTarget, id, error))?, None))
-    })
+pub(super) fn open_existing<P: Platform>(
+    step: Step,
+    file: TargetFile<P>,
+    durable: bool,
+) -> Result<TargetImage<P>, Failure> {
+    target(file, durable, |disk, id| Ok((Writer::open(disk, id).map_err(|error| failure(step, id, error))?, None)))
 }
 
 fn failure(step: Step, id: FileId, error: Error) -> Failure {

@@ -8,7 +8,8 @@ use instar_legacy::qcow::{
     CreateOptions, Error, Image, OpenOptions, OptionError as Wrong, Writer, create as create_qcow,
 };
 
-use super::legacy::{Facts, Legacy, deflate, fault, io, not_in_format, target};
+use super::legacy::{Facts, Legacy, Unlock, deflate, fault, io, not_in_format, target};
+use super::target::TargetFile;
 use super::{OpenImage, TargetImage, invalid_options};
 use crate::ops::failure::about;
 use crate::platform::{File, Platform};
@@ -22,19 +23,20 @@ pub(super) fn open<P: Platform>(file: File<P>, id: FileId, strict: bool) -> Resu
         backing_file: image.backing_file().map(<[u8]>::to_vec),
         ..Facts::default()
     };
-    Ok(Box::new(Legacy { image, id, format: Format::Qcow, facts }))
+    let unlock: Option<Unlock<Image<File<P>>>> = if facts.encrypted { Some(Image::set_cipher) } else { None };
+    Ok(Box::new(Legacy { image, id, format: Format::Qcow, facts, unlock }))
 }
 
 /// Makes a fresh image; it has no valid header before it is finished.
 pub(super) fn create<P: Platform>(
-    platform: &P,
+    file: TargetFile<P>,
     wanted: &Target,
     size: u64,
     durable: bool,
 ) -> Result<TargetImage<P>, Failure> {
     let backing_file = wanted.backing.as_ref().map(|backing| backing.name.clone());
     let options = CreateOptions { size, backing_file };
-    target(platform, size, durable, |disk, id| {
+    target(file, durable, |disk, id| {
         let writer = create_qcow(disk, id, &options).map_err(|error| failure(Step::Create, id, error))?;
         let compression = deflate(writer.cluster_size());
         Ok((writer, Some(compression)))
@@ -42,9 +44,13 @@ pub(super) fn create<P: Platform>(
 }
 
 /// Opens an existing image to write into it.
-pub(super) fn open_target<P: Platform>(platform: &P, size: u64, durable: bool) -> Result<TargetImage<P>, Failure> {
-    target(platform, size, durable, |disk, id| {
-        let writer = Writer::open(disk, id).map_err(|error| failure(Step::OpenTarget, id, error))?;
+pub(super) fn open_existing<P: Platform>(
+    step: Step,
+    file: TargetFile<P>,
+    durable: bool,
+) -> Result<TargetImage<P>, Failure> {
+    target(file, durable, |disk, id| {
+        let writer = Writer::open(disk, id).map_err(|error| failure(step, id, error))?;
         let compression = deflate(writer.cluster_size());
         Ok((writer, Some(compression)))
     })

@@ -429,6 +429,12 @@ impl<P: Platform> MappedImage<P> for Qcow2Target<P> {
         self.writer.finish().map_err(|error| qcow2_failure(Step::Write, self.id, error))
     }
 
+    fn set_backing(&mut self, name: &[u8], format_name: &[u8]) -> Option<Result<(), Failure>> {
+        let id = self.id();
+        let recorded = self.writer.set_backing(name, format_name);
+        Some(recorded.map_err(|error| qcow2_failure(Step::Edit, id, error)))
+    }
+
     fn as_qcow2_mut(&mut self) -> Option<&mut Writer<TargetDisk<P>>> {
         Some(&mut self.writer)
     }

@@ -2,14 +2,14 @@
 
 use alloc::boxed::Box;
 
-use instar_blockio::FileId;
+use instar_blockio::{FileId, Result as BlockResult};
 use instar_guest_protocol::message::{Cause, Failure, Format, FormatFault, OptionError, ResizeRefusal, Step, Target};
 use instar_legacy::qed::{
     CreateOptions, Error, Image, OpenOptions, OptionError as Wrong, Writer, create as create_qed,
 };
 
-use super::legacy::{Facts, Legacy, fault, io, not_in_format, target};
-use super::target::TargetDisk;
+use super::legacy::{Facts, Finish, Legacy, fault, io, not_in_format, target};
+use super::target::{TargetDisk, TargetFile};
 use super::{OpenImage, TargetImage, invalid_options};
 use crate::ops::failure::about;
 use crate::platform::{File, Platform};
@@ -23,12 +23,12 @@ pub(super) fn open<P: Platform>(file: File<P>, id: FileId, strict: bool) -> Resu
         backing_format: image.backing_format().map(<[u8]>::to_vec),
         ..Facts::default()
     };
-    Ok(Box::new(Legacy { image, id, format: Format::Qed, facts }))
+    Ok(Box::new(Legacy { image, id, format: Format::Qed, facts, unlock: None }))
 }
 
 /// Makes a fresh image; it has no valid header before it is finished.
 pub(super) fn create<P: Platform>(
-    platform: &P,
+    file: TargetFile<P>,
     wanted: &Target,
     size: u64,
     durable: bool,
@@ -42,17 +42,32 @@ pub(super) fn create<P: Platform>(
         backing_file: wanted.backing.as_ref().map(|backing| backing.name.clone()),
         backing_format: wanted.backing.as_ref().map(|backing| backing.format_name.clone()),
     };
-    target(platform, size, durable, |disk, id| {
+    target(file, durable, |disk, id| {
         let writer = create_qed(disk, id, &options).map_err(|error| failure(Step::Create, id, error))?;
         Ok((writer, None))
     })
 }
 
 /// Opens an existing image to write into it.
-pub(super) fn open_target<P: Platform>(platform: &P, size: u64, durable: bool) -> Result<TargetImage<P>, Failure> {
-    target(platform, size, durable, |disk, id| {
-        Ok((Writer::open(disk, id).map_err(|error| failure(Step::OpenTarget, id, error))?, None))
-    })
+pub(super) fn open_existing<P: Platform>(
+    step: Step,
+    file: TargetFile<P>,
+    durable: bool,
+) -> Result<TargetImage<P>, Failure> {
+    target(file, durable, |disk, id| Ok((Writer::open(disk, id).map_err(|error| failure(step, id, error))?, None)))
+}
+
+impl<P: Platform> Finish for Writer<TargetDisk<P>> {
+    fn finish_image(self) -> BlockResult<()> {
+        self.finish().map(|_| ())
+    }
+
+    fn record_backing(&mut self, id: FileId, name: &[u8], format_name: &[u8]) -> Option<Result<(), Failure>> {
+        Some(self.set_backing(name, format_name == b"raw").map_err(|error| match error {
+            Error::BackingNameTooLong(_) => about(Step::Edit, id, Cause::HeaderFull),
+            other => failure(Step::Edit, id, other),
+        }))
+    }
 }
 
 /// Gives the disk of an image another size, which takes one write of its header. An image that was not closed is repaired before.

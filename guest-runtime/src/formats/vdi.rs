@@ -10,6 +10,7 @@ use instar_legacy::vdi::{
 
 use super::holes::WithHoles;
 use super::legacy::{Facts, Legacy, fault, io, target, with_number};
+use super::target::TargetFile;
 use super::{OpenImage, TargetImage, invalid_options};
 use crate::ops::failure::about;
 use crate::platform::{File, Platform};
@@ -25,14 +26,14 @@ pub(super) fn open<P: Platform>(
     let facts = Facts { cluster_size: Some(BLOCK_SIZE), ..Facts::default() };
     if image.header().is_static {
         let image = WithHoles::new(platform, image, alloc::vec![id]);
-        return Ok(Box::new(Legacy { image, id, format: Format::Vdi, facts }));
+        return Ok(Box::new(Legacy { image, id, format: Format::Vdi, facts, unlock: None }));
     }
-    Ok(Box::new(Legacy { image, id, format: Format::Vdi, facts }))
+    Ok(Box::new(Legacy { image, id, format: Format::Vdi, facts, unlock: None }))
 }
 
 /// Makes a fresh image; it has no valid header before it is finished.
 pub(super) fn create<P: Platform>(
-    platform: &P,
+    file: TargetFile<P>,
     wanted: &Target,
     size: u64,
     durable: bool,
@@ -41,17 +42,19 @@ pub(super) fn create<P: Platform>(
     let (uuids, _) = own.uuids.as_chunks::<16>();
     let uuid = |at| uuids.get(at).copied().unwrap_or_default();
     let options = CreateOptions { size, is_static: own.is_static, uuids: [uuid(0), uuid(1)] };
-    target(platform, size, durable, |disk, id| {
+    target(file, durable, |disk, id| {
         let writer = create_vdi(disk, id, &options).map_err(|error| failure(Step::Create, id, error))?;
         Ok((writer, None))
     })
 }
 
 /// Opens an existing image to write into it.
-pub(super) fn open_target<P: Platform>(platform: &P, size: u64, durable: bool) -> Result<TargetImage<P>, Failure> {
-    target(platform, size, durable, |disk, id| {
-        Ok((Writer::open(disk, id).map_err(|error| failure(Step::OpenTarget, id, error))?, None))
-    })
+pub(super) fn open_existing<P: Platform>(
+    step: Step,
+    file: TargetFile<P>,
+    durable: bool,
+) -> Result<TargetImage<P>, Failure> {
+    target(file, durable, |disk, id| Ok((Writer::open(disk, id).map_err(|error| failure(step, id, error))?, None)))
 }
 
 fn failure(step: Step, id: FileId, error: Error) -> Failure {

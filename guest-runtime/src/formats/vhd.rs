@@ -172,10 +172,13 @@ fn create_fixed<P: Platform>(
 }
 
 /// Opens an existing image to write into it.
-pub(super) fn open_target<P: Platform>(platform: &P, size: u64, durable: bool) -> Result<TargetImage<P>, Failure> {
-    let target = open_target_file(platform, FileRole::Target, size)?;
+pub(super) fn open_existing<P: Platform>(
+    step: Step,
+    target: TargetFile<P>,
+    durable: bool,
+) -> Result<TargetImage<P>, Failure> {
     let (id, block_device) = (target.id, target.block_device);
-    let failed = |error| vhd_failure(Step::OpenTarget, id, error);
+    let failed = |error| vhd_failure(step, id, error);
     let image = vhd::Image::open(&target.file, id, &OpenOptions::default()).map_err(failed)?;
     let (kind, size) = (image.disk_type(), image.virtual_size());
     drop(image);

@@ -10,7 +10,7 @@ use instar_guest_protocol::message::{
 };
 use instar_vhdx::{self as vhdx, CreateOptions, Writer};
 
-use super::target::{TargetDisk, open_target_file};
+use super::target::{TargetDisk, TargetFile, open_target_file};
 use super::{Backing, ImageWriter, MappedImage, OpenImage, TargetImage, invalid_options};
 use crate::ops::failure::{about, block};
 use crate::platform::{File, Platform};
@@ -116,16 +116,14 @@ pub(super) fn create<P: Platform>(
 }
 
 /// Opens an existing image to write into it.
-pub(super) fn open_target<P: Platform>(
-    platform: &P,
-    target: &Target,
-    size: u64,
+pub(super) fn open_existing<P: Platform>(
+    step: Step,
+    main: TargetFile<P>,
+    seed: &[u8],
     durable: bool,
 ) -> Result<TargetImage<P>, Failure> {
-    let main = open_target_file(platform, FileRole::Target, size)?;
     let (id, block_device) = (main.id, main.block_device);
-    let writer = Writer::open(main.disk(durable), id, seed(target))
-        .map_err(|error| vhdx_failure(Step::OpenTarget, id, error))?;
+    let writer = Writer::open(main.disk(durable), id, whole(seed)).map_err(|error| vhdx_failure(step, id, error))?;
     Ok(TargetImage::Mapped(Box::new(VhdxTarget { writer, id, block_device })))
 }
 
@@ -161,14 +159,14 @@ fn create_options(target: &Target, size: u64) -> CreateOptions {
         fixed: wanted.fixed,
         block_state_zero: wanted.block_state_zero.unwrap_or(standard.block_state_zero),
         creator: String::from_utf8(wanted.creator).unwrap_or(standard.creator),
-        seed: seed(target),
+        seed: whole(&target.seed),
         ..CreateOptions::default()
     }
 }
 
 /// The host's random bytes; what it did not send is zero.
-fn seed(target: &Target) -> [u8; 16] {
-    core::array::from_fn(|at| target.seed.get(at).copied().unwrap_or_default())
+fn whole(seed: &[u8]) -> [u8; 16] {
+    core::array::from_fn(|at| seed.get(at).copied().unwrap_or_default())
 }
 
 fn option_failure(id: FileId, error: vhdx::OptionError) -> Failure {

@@ -15,7 +15,7 @@ use instar_vmdk::{
 };
 
 use super::holes::WithHoles;
-use super::target::{TargetDisk, open_target_file};
+use super::target::{TargetDisk, TargetFile, open_target_file};
 use super::{Backing, Compression, FlatImage, ImageWriter, MappedImage, OpenImage, TargetImage, open_image};
 use crate::chain::request_file;
 use crate::ops::failure::{about, block};
@@ -223,16 +223,16 @@ fn find_parent<P: Platform>(platform: &P, target: &Target, id: FileId) -> Result
 }
 
 /// Opens an existing image to write into it.
-pub(super) fn open_target<P: Platform>(
-    platform: &P,
-    target: &Target,
-    size: u64,
+pub(super) fn open_existing<P: Platform>(
+    step: Step,
+    main: TargetFile<P>,
+    seed: &[u8],
     durable: bool,
 ) -> Result<TargetImage<P>, Failure> {
-    let main = open_target_file(platform, FileRole::Target, size)?;
     let (id, block_device) = (main.id, main.block_device);
-    let cid = target.vmdk.as_ref().map_or(0, |options| options.cid);
-    let writer = Writer::open(main.disk(durable), id, cid).map_err(|error| failure(Step::OpenTarget, id, error))?;
+    // Never a number that means something.
+    let cid = seed.first_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes)).clamp(1, u32::MAX - 1);
+    let writer = Writer::open(main.disk(durable), id, cid).map_err(|error| failure(step, id, error))?;
     Ok(TargetImage::Mapped(Box::new(VmdkTarget { writer, id, block_device })))
 }
 

@@ -34,7 +34,7 @@ pub fn run<P: Platform>(platform: &P, request: &BenchRequest) -> Result<EditRepl
             image.open_parts(platform)?;
             let below = open_below(platform, request.image.device, &*image, Opening::of(&request.image, true))?;
             drop(image);
-            Disk::Write(open_in_place(platform, request.image.device, format, request.flush)?, below)
+            Disk::Write(open_in_place(platform, request.image.device, format, &request.seed, request.flush)?, below)
         }
     };
     if request.size == 0 || request.depth == 0 {

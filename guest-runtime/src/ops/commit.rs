@@ -6,7 +6,7 @@
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 
-use instar_blockio::{BlockMapExt, BlockRead, ExtentKind, FileId, Layer, Overlay};
+use instar_blockio::{BlockMapExt, BlockRead, ExtentKind, FileId, Layer, Overlay, ZeroMode};
 use instar_guest_protocol::limits::MAX_CHAIN_DEPTH;
 use instar_guest_protocol::message::{Cause, CommitRequest, EditReply, Failure, Format, Step, VhdSize};
 use instar_qcow2::{self as qcow2, Growth, Writer};
@@ -41,7 +41,7 @@ pub fn run<P: Platform>(platform: &P, request: &CommitRequest) -> Result<EditRep
     }
     let Chain { layers, base } = Chain::open(platform, device, top, Opening::of(&request.image, true))?;
     let source: Box<dyn Layer> = Box::new(Overlay::new(layers));
-    let (target, under) = base.prepare(platform, &*source, request.flush).map_err(of_format)?;
+    let (target, under) = base.prepare(platform, &*source, &request.seed, request.flush).map_err(of_format)?;
     let pace = Pace { threads: request.threads, progress: request.progress, rate_limit: request.rate_limit };
     let worked = into_image_below(platform, source, target, under, &pace);
     worked.map_err(|failure| of_format(Failure { step: Step::Edit.into(), ..failure }))?;
@@ -114,10 +114,11 @@ impl<P: Platform> Base<P> {
         self,
         platform: &P,
         source: &dyn Layer,
+        seed: &[u8],
         durable: bool,
     ) -> Result<(TargetImage<P>, Box<dyn Layer>), Failure> {
         let (id, format) = (FileId(self.device), self.image.format());
-        let mut target = open_in_place(platform, self.device, format, durable)?;
+        let mut target = open_in_place(platform, self.device, format, seed, durable)?;
         let (old, size) = (self.image.into_layer(), source.size().next_multiple_of(SECTOR));
         let old_size = old.size();
         if self.guessed && format == Format::Raw {
@@ -125,6 +126,10 @@ impl<P: Platform> Base<P> {
         }
         if size > old_size {
             match &mut target {
+                // A fixed VHD has its footer behind the disk.
+                TargetImage::Flat(_) if format == Format::Vpc => {
+                    return Err(failure(Step::Edit, Cause::ResizeUnsupported));
+                }
                 TargetImage::Flat(flat) => {
                     let grown = platform.submit(&mut [Io::SetLen { file: flat.file, len: flat.base + size }]);
                     grown.map_err(|(_, error)| block(Step::Edit, Some(id), 0, error))?;
@@ -135,7 +140,15 @@ impl<P: Platform> Base<P> {
                         let grown = grow(writer, self.below.as_deref(), size);
                         grown.map_err(|error| qcow2_failure(Step::Edit, id, error))?;
                     }
-                    None => return Err(failure(Step::Edit, Cause::ResizeUnsupported)),
+                    None => {
+                        let disk = image.disk_mut();
+                        disk.set_size(size).map_err(|_| failure(Step::Edit, Cause::ResizeUnsupported))?;
+                        // What a longer image below holds does not show through.
+                        let shown =
+                            self.below.as_ref().map_or(0, |below| below.size().min(size)).saturating_sub(old_size);
+                        let cleared = disk.write_zeroes(old_size, shown, ZeroMode::Unmap);
+                        cleared.map_err(|error| block(Step::Edit, Some(id), old_size, error))?;
+                    }
                 },
             }
         }

@@ -17,12 +17,12 @@ use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use instar_blockio::{Extent, ExtentKind, FileId, Layer, is_zero};
 use instar_codec::Encoder;
 use instar_guest_protocol::message::{
-    Call, Cause, EditReply, Failure, FileRole, OpenFile, Progress, RebaseRequest, Source, Step, call,
+    Call, Cause, EditReply, Failure, FileRole, Format, OpenFile, Progress, RebaseRequest, Source, Step, call,
 };
 
 use crate::chain::{Opening, open_below, open_source};
 use crate::formats::{
-    ImageWriter, MappedImage, OpenImage, TargetImage, open_in_place, open_metadata_in_place, open_named, qcow2_failure,
+    ImageWriter, MappedImage, OpenImage, TargetImage, open_in_place, open_metadata_in_place, open_named,
 };
 use crate::lock::Lock;
 use crate::ops::convert::fill::{Batch, Fault, Outcome, Scratch, fill};
@@ -49,26 +49,22 @@ pub fn run<P: Platform>(platform: &P, request: &RebaseRequest) -> Result<EditRep
     image.open_parts(platform)?;
     let backings = if request.only_name { None } else { Some(Backings::open(platform, request, &*image)?) };
     drop(image);
-    let target = match is_qcow2 {
-        true if request.only_name => open_metadata_in_place(platform, request.image.device, request.flush)?,
-        true => open_in_place(platform, request.image.device, format, request.flush)?,
-        false => return Err(of_format(failure(Step::Edit, Cause::BackingUnsupported))),
+    let unsupported = || of_format(failure(Step::Edit, Cause::BackingUnsupported));
+    let target = match format {
+        Format::Qcow2 if request.only_name => open_metadata_in_place(platform, request.image.device, request.flush)?,
+        Format::Qcow2 | Format::Qed => open_in_place(platform, request.image.device, format, &[], request.flush)?,
+        // qemu-img finds out once it has copied everything.
+        _ => return Err(unsupported()),
     };
-    let TargetImage::Mapped(mut target) = target else {
-        return Err(of_format(failure(Step::Edit, Cause::BackingUnsupported)));
-    };
+    let TargetImage::Mapped(mut target) = target else { return Err(unsupported()) };
     if let Some(backings) = backings {
         target = copy(platform, request, target, backings).map_err(of_format)?;
     }
     if !request.name.is_empty() && request.format_name.is_empty() {
         return Err(of_format(failure(Step::Edit, Cause::BackingFormatMissing)));
     }
-    let id = target.id();
-    if let Some(writer) = target.as_qcow2_mut() {
-        let format_name: &[u8] = if request.name.is_empty() { &[] } else { &request.format_name };
-        let recorded = writer.set_backing(&request.name, format_name);
-        recorded.map_err(|error| of_format(qcow2_failure(Step::Edit, id, error)))?;
-    }
+    let format_name: &[u8] = if request.name.is_empty() { &[] } else { &request.format_name };
+    target.set_backing(&request.name, format_name).unwrap_or_else(|| Err(unsupported())).map_err(of_format)?;
     target.finish()?;
     Ok(EditReply { format: format.into(), ..EditReply::default() })
 }

@@ -28,7 +28,7 @@ pub fn run<P: Platform>(platform: &P, request: &ResizeRequest) -> Result<EditRep
     let below = open_below(platform, device, &*image, Opening::of(&request.image, true))?;
     let of_format = |failure: Failure| Failure { format: format.into(), ..failure };
     let writer = match image.as_qcow2().is_some() {
-        true => Some(open_in_place(platform, device, format, true)?),
+        true => Some(open_in_place(platform, device, format, &[], true)?),
         false => None,
     };
     let base = image.payload_offset();

@@ -158,6 +158,12 @@ pub fn add(cases: &mut Vec<Case>, around: &Surroundings) {
     names(&mut group, around, "absolute", "image.vhd", 240, Confinement, &|name| {
         differencing(b"W2ku", &wide(name, Order::Little), "parent.vhd")
     });
+    names(&mut group, around, "mac", "image.vhd", 240, Confinement, &|name| {
+        differencing(b"MacX", &[b"file://", name].concat(), "")
+    });
+    names(&mut group, around, "unicode-name", "image.vhd", 240, Confinement, &|name| {
+        differencing(&[0; 4], &[], &String::from_utf8_lossy(name))
+    });
     for (name, len, offset) in [
         ("long", u32::MAX, END as u64 + 512),
         ("far", 100, 1 << 62),

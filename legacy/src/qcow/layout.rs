@@ -18,15 +18,22 @@ pub struct Layout {
     header: Header,
     /// The first byte behind all that is in use.
     end: u64,
+    /// Encrypted, and nobody has the key.
+    locked: bool,
 }
 
 impl Layout {
     pub(super) fn of(header: &Header, end: u64) -> Self {
-        Self { header: header.clone(), end }
+        Self { header: header.clone(), end, locked: header.encrypted }
     }
 
     pub(super) fn header(&self) -> &Header {
         &self.header
+    }
+
+    /// Lets encrypted clusters be found.
+    pub(super) fn unlock(&mut self) {
+        self.locked = false;
     }
 
     fn l1_at(&self, index: u64) -> Result<u64> {
@@ -100,7 +107,7 @@ impl Map for Layout {
     }
 
     fn run<D: BlockRead>(&self, store: &Store<D>, offset: u64, max_len: u64) -> Result<(u64, Run)> {
-        if self.header.encrypted {
+        if self.locked {
             return Err(Error::new(ErrorKind::Encrypted).at(offset));
         }
         let unit = self.header.cluster_size();

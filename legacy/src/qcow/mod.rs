@@ -8,16 +8,17 @@
 //! entry marks a compressed cluster, whose length in bytes then lies in the bits from `63 - cluster_bits` on. Source: QEMU's
 //! `block/qcow.c`; there is no other specification.
 //!
-//! Images encrypted by AES are described, not decrypted.
+//! Images may be encrypted by AES, compressed clusters excepted: they are read by a cipher that the caller hands in, and not written.
 
 mod create;
 mod error;
 mod header;
 mod layout;
 
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-use instar_blockio::{BlockRead, BlockWrite, FileId};
+use instar_blockio::{BlockRead, BlockWrite, FileId, SectorCipher};
 
 use crate::image;
 use crate::store::Store;
@@ -56,9 +57,18 @@ impl<D: BlockRead> Image<D> {
         self.format.header().cluster_size()
     }
 
-    /// Is it encrypted? Then its contents can't be read.
+    /// Is it encrypted? Then its contents can be read by the [right cipher](Self::set_cipher) only.
     pub fn is_encrypted(&self) -> bool {
         self.format.header().encrypted
+    }
+
+    /// Hands in the cipher of an encrypted image: AES-128 in CBC mode, the vector of a sector being its number on the disk. Extents
+    /// are [`Encrypted`](instar_blockio::ExtentKind::Encrypted) from now on. An image that is not encrypted takes none.
+    pub fn set_cipher(&mut self, cipher: Arc<dyn SectorCipher>) {
+        if self.is_encrypted() {
+            self.cipher = Some(cipher);
+            self.format.unlock();
+        }
     }
 
     /// Name of the backing file.

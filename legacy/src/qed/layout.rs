@@ -4,7 +4,7 @@ use instar_blockio::{BlockRead, BlockWrite, Error, ErrorKind, Result};
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::little_endian::{U32, U64};
 
-use super::header::{Features, Header, MAGIC, RawHeader};
+use super::header::{Features, HEADER_LEN, Header, MAGIC, MAX_BACKING_NAME, RawHeader};
 use crate::image::{Map, Run, consecutive, run_len};
 use crate::store::{Rank, Store};
 use crate::writer::Allocate;
@@ -13,6 +13,9 @@ use crate::writer::Allocate;
 pub(super) const NONE: u64 = 0;
 /// Entry of a cluster of zeroes.
 pub(super) const ZERO: u64 = 1;
+
+/// There is no room for the name of a backing file.
+pub(super) struct BackingNameTooLong;
 
 /// The tables of an image.
 #[derive(Clone, Debug)]
@@ -71,6 +74,21 @@ impl Layout {
         let end = at.checked_add(len).filter(|&end| i64::try_from(end).is_ok());
         self.end = end.ok_or(Error::new(ErrorKind::NoSpace))?;
         Ok(at)
+    }
+
+    /// Names another backing file, or none; the header says so once it is put.
+    pub(super) fn set_backing(&mut self, name: &[u8], is_raw: bool) -> core::result::Result<(), BackingNameTooLong> {
+        let header = &mut self.header;
+        let room = header.header_len().saturating_sub(HEADER_LEN.into()).min(MAX_BACKING_NAME.into());
+        let len = u32::try_from(name.len()).ok().filter(|&len| u64::from(len) <= room);
+        header.backing_len = len.ok_or(BackingNameTooLong)?;
+        let named = if name.is_empty() { 0 } else { Features::BACKING.0 };
+        let raw = if name.is_empty() || !is_raw { 0 } else { Features::BACKING_IS_RAW.0 };
+        header.features =
+            Features(header.features.0 & !(Features::BACKING.0 | Features::BACKING_IS_RAW.0) | named | raw);
+        header.backing_offset = if name.is_empty() { 0 } else { HEADER_LEN };
+        header.backing_file = Some(name.to_vec()).filter(|name| !name.is_empty());
+        Ok(())
     }
 
     /// Puts the header with these features.

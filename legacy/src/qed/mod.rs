@@ -94,6 +94,16 @@ impl<D: BlockWrite> Writer<D> {
         Ok(self.store.file_mut().flush()?)
     }
 
+    /// Names another backing file, or none (an empty name). What the image shares with the old one is not copied.
+    ///
+    /// # Errors
+    /// [`Error::BackingNameTooLong`] for a name that does not fit into the header or has more than 4095 bytes; those of the file.
+    pub fn set_backing(&mut self, name: &[u8], is_raw: bool) -> Result<(), Error> {
+        self.begin()?;
+        let too_long = |_| Error::BackingNameTooLong(u32::try_from(name.len()).unwrap_or(u32::MAX));
+        self.format.set_backing(name, is_raw).map_err(too_long)
+    }
+
     /// Bytes of a cluster.
     pub fn cluster_size(&self) -> u64 {
         self.format.header().cluster_size.into()
