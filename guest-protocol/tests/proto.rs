@@ -306,6 +306,7 @@ fn requests_are_the_same() {
             threads: 2,
             progress: true,
             rate_limit: 1,
+            seed: vec![1; 16],
         }),
         Operation::Bench(m::BenchRequest {
             image: source(),
@@ -317,6 +318,7 @@ fn requests_are_the_same() {
             pattern: Some(6),
             flush_interval: 7,
             flush: true,
+            seed: vec![2; 16],
         }),
     ];
     for operation in operations {

@@ -147,11 +147,11 @@ impl<D: BlockRead> Image<D> {
             return Err(Error::NotVmdk);
         }
         let text = pages.read_vec(0, len.min(MAX_LEN) as usize)?;
-        let descriptor = Descriptor::parse(&text).or_else(|error| {
+        let descriptor = Descriptor::parse(&text).map_err(|error| {
             // Images of devices have extents of their own types: what is wrong is the type of the image.
             match Descriptor::parse(&without_extents(&text)) {
-                Ok(known) if !is_known(&known.create_type) => Err(Error::UnsupportedType(known.create_type)),
-                _ => Err(error),
+                Ok(known) if !is_known(&known.create_type) => Error::UnsupportedType(known.create_type),
+                _ => error,
             }
         })?;
         Self::of_descriptor(descriptor, options)

@@ -17,7 +17,7 @@ const QED_TABLES: (u32, u32) = (1, 16);
 /// Most blocks of a compressed loop image.
 const MAX_CLOOP_BLOCKS: u32 = 536_870_911;
 
-/// The bytes are not those of an older format.
+/// The bytes are not those of the format, where qemu-img has words of its own for that.
 pub fn not_in_format(format: Format) -> Option<&'static str> {
     Some(match format {
         Format::Qcow => "Image not in qcow format",

@@ -30,7 +30,7 @@ pub fn fault(failure: &Failure) -> Problem {
         F::SeSparse => format!("The seSparse header has an unsupported value at byte {value}"),
         F::SeSparseDirty => "Image is dirty, Replaying journal not supported".to_owned(),
         F::ExtentMagic => format!("An extent is not in VMDK format (it begins with {value:#010x})"),
-        F::ReadOnly => "Images of this type can't be written into by this version".to_owned(),
+        F::ReadOnly => "Images of this type can't be written into".to_owned(),
         F::ParentFormat => "backing_file must be a vmdk image".to_owned(),
         F::ParentCid => {
             format!("The parent was changed since the image was made, or is another one (its CID is {value:08x})")
