@@ -71,11 +71,7 @@ impl Edit<'_> {
             Err(problem) => Err(unopened(spec, problem)),
         });
         let other = other.transpose()?;
-        let readable = |device, spec| {
-            let key = self.settings.key(spec).map_err(|problem| unopened(spec, problem))?;
-            let data_file_named = spec.data_file.is_some();
-            Ok::<Source, Problem>(Source { key, data_file_named, ..self.settings.source(device, spec.format) })
-        };
+        let readable = |device, spec| self.settings.readable(device, spec).map_err(|problem| unopened(spec, problem));
         let operation =
             request(readable(device, self.image)?, other.map(|(device, spec)| readable(device, spec)).transpose()?);
         let mut host = EditHost { files, access: read, attendant };

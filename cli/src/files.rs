@@ -43,6 +43,8 @@ pub struct Record {
     pub lock_problem: Option<Problem>,
     /// What the operator named to hold its data.
     data_file: Option<NamedData>,
+    /// The file with its LUKS header.
+    header: Option<Granted>,
 }
 
 /// An external data file that the operator named.
@@ -195,10 +197,39 @@ impl Files {
         let granted = file.grant(machine, writable)?;
         // Of a device only the grant tells it.
         file.stat.len = granted.len;
+        let header = match &spec.header {
+            Some(name) => Some(self.grant_header(machine, name, (access, spec.force_share), writable)?),
+            None => None,
+        };
         let data_file = spec.data_file.clone().map(|name| NamedData { name, writable, granted: None });
         let name = spec.file.clone();
-        let record = Record { name, file, origin: Origin::Operator, home, depth: 1, lock_problem, data_file };
+        let record = Record { name, file, origin: Origin::Operator, home, depth: 1, lock_problem, data_file, header };
         self.records.insert(granted.device, record);
+        Ok(granted)
+    }
+
+    /// Opens and grants the file of a LUKS header, which the operator named.
+    fn grant_header(
+        &mut self,
+        machine: &mut dyn Machine,
+        name: &str,
+        (access, force_share): (Access, bool),
+        writable: bool,
+    ) -> Result<Granted, Problem> {
+        let path = Path::new(name);
+        let mut file = if writable { open_to_write(path)? } else { open_to_read(path)? };
+        let lock_problem = match access.force_share || force_share {
+            true => None,
+            false => take_locks(&mut file, access.purpose, Format::Luks, name)?,
+        };
+        let home = self.confinement.allow_home_of(path)?;
+        let granted = file.grant(machine, writable)?;
+        file.stat.len = granted.len;
+        let (name, origin) = (name.to_owned(), Origin::Operator);
+        self.records.insert(
+            granted.device,
+            Record { name, file, origin, home, depth: 1, lock_problem, data_file: None, header: None },
+        );
         Ok(granted)
     }
 
@@ -226,6 +257,10 @@ impl Files {
         name: String,
         shown: &str,
     ) -> Result<Granted, Problem> {
+        if wanted.role() == FileRole::LuksHeader {
+            let header = self.records.get(&wanted.referrer).and_then(|record| record.header);
+            return header.ok_or_else(|| Problem::new("The sandbox asked for a header that nobody named"));
+        }
         let origin = match wanted.role() {
             FileRole::Backing => Origin::Backing(wanted.referrer),
             FileRole::Data => Origin::Data(wanted.referrer),
@@ -259,7 +294,7 @@ impl Files {
         file.stat.len = granted.len;
         self.records.insert(
             granted.device,
-            Record { name, file, origin, home: confined.dir, depth, lock_problem, data_file: None },
+            Record { name, file, origin, home: confined.dir, depth, lock_problem, data_file: None, header: None },
         );
         Ok(granted)
     }
@@ -308,7 +343,8 @@ impl Files {
         };
         Some(written().map(|(file, granted)| {
             let origin = Origin::Backing(wanted.referrer);
-            let record = Record { name, file, origin, home: confined.dir, depth, lock_problem: None, data_file: None };
+            let (lock_problem, data_file, header) = (None, None, None);
+            let record = Record { name, file, origin, home: confined.dir, depth, lock_problem, data_file, header };
             self.records.insert(granted.device, record);
             granted
         }))

@@ -27,6 +27,10 @@ pub struct ImageSpec {
     pub nbd: Option<Address>,
     /// The secret that opens an encrypted image.
     pub key_secret: Option<String>,
+    /// The secrets that open encrypted images below it, with their depth: 1 is its backing image.
+    pub backing_secrets: Vec<(u32, String)>,
+    /// The file with its LUKS header, if that is one of its own.
+    pub header: Option<String>,
     /// Which size of a VHD counts.
     pub vhd_size: VhdSize,
     /// It must not be written.
@@ -184,6 +188,8 @@ impl ImageSpec {
             force_share: false,
             nbd: None,
             key_secret: None,
+            backing_secrets: Vec::new(),
+            header: None,
             vhd_size: VhdSize::ByCreator,
             read_only: false,
             null: None,
@@ -206,6 +212,8 @@ impl ImageSpec {
             force_share: false,
             nbd: None,
             key_secret: None,
+            backing_secrets: Vec::new(),
+            header: None,
             vhd_size: VhdSize::ByCreator,
             read_only: false,
             null: None,
@@ -231,6 +239,8 @@ struct Keys {
     has_file: bool,
     own_name: Option<String>,
     encryption: Vec<(String, String)>,
+    backing_secrets: Vec<(u32, String)>,
+    header: Header,
     unshared: bool,
     size_calc: Option<String>,
     force_share: bool,
@@ -246,12 +256,22 @@ struct Keys {
     given: Vec<(String, String)>,
 }
 
+/// What is said of the file with the LUKS header.
+#[derive(Default)]
+struct Header {
+    driver: Option<String>,
+    name: Option<String>,
+    /// The first key about it.
+    key: Option<String>,
+    unknown: Option<String>,
+}
+
 impl Keys {
     fn take(&mut self, key: &str, value: &str) -> Result<(), Problem> {
         self.given.push((key.to_owned(), value.to_owned()));
         match key {
             "driver" => self.driver = Some(value.to_owned()),
-            "file" | "data-file" => return Err(no_node(value)),
+            "file" | "data-file" | "header" => return Err(no_node(value)),
             "node-name" if !is_identifier(value) => {
                 return Err(Problem::new(format!("Invalid node-name: '{value}'")));
             }
@@ -279,6 +299,30 @@ impl Keys {
         Ok(())
     }
 
+    fn take_of_header(&mut self, key: &str, value: &str) {
+        self.header.key.get_or_insert_with(|| format!("header.{key}"));
+        match key {
+            "driver" => self.header.driver = Some(value.to_owned()),
+            "filename" => self.header.name = Some(value.to_owned()),
+            _ if COMMON.contains(&key) || OF_FILE.contains(&key) || key == "locking" => {}
+            _ => self.header.unknown = Some(key.to_owned()),
+        }
+    }
+
+    /// Takes the secret of an image further down; `false`: it is something else.
+    fn take_of_backing(&mut self, key: &str, value: &str) -> bool {
+        let (mut depth, mut rest) = (0, key);
+        while let Some(below) = rest.strip_prefix("backing.") {
+            (depth, rest) = (depth + 1, below);
+        }
+        match rest {
+            "encrypt.key-secret" | "key-secret" if depth > 0 => self.backing_secrets.push((depth, value.to_owned())),
+            "encrypt.format" if depth > 0 => {}
+            _ => return false,
+        }
+        true
+    }
+
     fn take_of_file(&mut self, key: &str, value: &str) -> Result<(), Problem> {
         match key {
             "driver" => self.file_driver = Some(value.to_owned()),
@@ -303,7 +347,11 @@ impl Keys {
     }
 
     fn take_of_format(&mut self, key: &str, value: &str) -> Result<(), Problem> {
-        if key.starts_with("encrypt.") || key == "key-secret" {
+        if let Some(key) = key.strip_prefix("header.") {
+            self.take_of_header(key, value);
+        } else if key.starts_with("backing.") && self.take_of_backing(key, value) {
+            // It counts for another image.
+        } else if key.starts_with("encrypt.") || key == "key-secret" {
             self.encryption.push((key.to_owned(), value.to_owned()));
         } else if let Some(key) = key.strip_prefix("data-file.") {
             self.data.push((key.to_owned(), value.to_owned()));
@@ -392,6 +440,36 @@ impl Keys {
         self.encryption.iter().find(|(key, _)| key.ends_with("key-secret")).map(|(_, id)| id.clone())
     }
 
+    /// An option about encryption that the format does not have.
+    fn misplaced(&self, format: Format) -> Option<&str> {
+        let header = self.header.key.as_deref().filter(|_| format != Format::Luks);
+        let fits = |key: &str| match format {
+            Format::Unknown => true,
+            Format::Luks => key == "key-secret",
+            Format::Qcow2 | Format::Qcow => key != "key-secret",
+            _ => false,
+        };
+        header.or(self.encryption.iter().map(|(key, _)| key.as_str()).find(|key| !fits(key)))
+    }
+
+    /// The name of the file with the LUKS header.
+    fn header_name(&self) -> Result<Option<String>, Problem> {
+        let Header { driver, name, key: Some(_), unknown } = &self.header else { return Ok(None) };
+        match driver.as_deref() {
+            None if name.is_none() => return Err(Problem::new("Must specify either driver or file")),
+            None | Some("file") => {}
+            Some(other) if formats::driver(other).is_none() => return Err(unknown_driver(other)),
+            Some(other) => return Err(Problem::new(format!("The driver '{other}' is not provided below a format"))),
+        }
+        if let Some(key) = unknown {
+            return Err(Problem::new(format!("Block protocol 'file' doesn't support the option '{key}'")));
+        }
+        match name.as_deref().filter(|name| !name.is_empty()) {
+            Some(name) => Ok(Some(name.to_owned())),
+            None => Err(Problem::new("The 'file' block driver requires a file name")),
+        }
+    }
+
     fn finish(self, given: &str) -> Result<ImageSpec, Problem> {
         if let Some((address, format)) = self.nbd()? {
             return Ok(ImageSpec::of_nbd(given, address, format, self.key_secret()));
@@ -435,11 +513,13 @@ impl Keys {
         let named = self.data.first().map(|(key, _)| format!("data-file.{key}"));
         let qcow2_only = named.as_deref().filter(|_| !matches!(format, Format::Qcow2 | Format::Unknown));
         let vhd_only = self.size_calc.as_ref().filter(|_| format != Format::Vpc).and(Some("force_size_calc"));
-        let unknown = self.unknown.as_deref().or(qcow2_only).or(vhd_only).or(self
-            .own_name
+        let unknown = self
+            .unknown
             .as_deref()
-            .filter(|_| format != Format::File)
-            .and(Some("filename")));
+            .or(qcow2_only)
+            .or(vhd_only)
+            .or(self.own_name.as_deref().filter(|_| format != Format::File).and(Some("filename")))
+            .or(self.misplaced(format));
         if let Some(key) = unknown {
             return Err(Problem::new(format!("Block format '{format_name}' does not support the option '{key}'")));
         }
@@ -449,6 +529,7 @@ impl Keys {
         if let Some(key) = self.refused {
             return Err(Problem::new(format!("The option '{key}' is not provided by this version")));
         }
+        let header = self.header_name()?;
         let key_secret = self.key_secret();
         let vhd_size = match self.size_calc.as_deref() {
             None => VhdSize::ByCreator,
@@ -462,11 +543,13 @@ impl Keys {
         Ok(ImageSpec {
             given: given.to_owned(),
             file: file.to_owned(),
-            shown: if is_plain { file.to_owned() } else { json_name(&strong, driver, file) },
+            shown: if is_plain { file.to_owned() } else { json_name(&strong, driver, header.as_deref(), file) },
             format,
             force_share: self.force_share || self.unshared,
             nbd: None,
             key_secret,
+            backing_secrets: self.backing_secrets,
+            header,
             vhd_size,
             read_only: self.read_only,
             null: None,
@@ -545,17 +628,20 @@ pub fn driver_format(name: &str) -> Result<Format, Problem> {
 }
 
 /// How QEMU names an image whose options do not fit into a file name.
-fn json_name(encryption: &[(String, String)], driver: Option<&str>, file: &str) -> String {
+fn json_name(encryption: &[(String, String)], driver: Option<&str>, header: Option<&str>, file: &str) -> String {
     let quote = |text: &str| Value::from(text).to_string();
     let encryption: Vec<String> =
         encryption.iter().map(|(key, value)| format!("{}: {}", quote(key), quote(value))).collect();
     // QEMU's hash of the names decides about the order.
     let last = driver == Some("luks");
     let mut members: Vec<String> = if last { Vec::new() } else { encryption.clone() };
+    let of_file =
+        |node: &str, name: &str| format!("\"{node}\": {{\"driver\": \"file\", \"filename\": {}}}", quote(name));
+    members.extend(header.map(|name| of_file("header", name)));
     if let Some(driver) = driver {
         members.push(format!("\"driver\": {}", quote(driver)));
     }
-    members.push(format!("\"file\": {{\"driver\": \"file\", \"filename\": {}}}", quote(file)));
+    members.push(of_file("file", file));
     if last {
         members.extend(encryption);
     }
@@ -694,6 +780,47 @@ mod tests {
             spec.shown,
             r#"json:{"encrypt.key-secret": "s", "driver": "qcow2", "file": {"driver": "file", "filename": "q.qcow2"}}"#
         );
+    }
+
+    #[test]
+    fn a_header_of_its_own() {
+        let spec = opts("driver=luks,file.filename=d,header.driver=file,header.filename=h,key-secret=s").unwrap();
+        assert_eq!(spec.header.as_deref(), Some("h"));
+        assert_eq!(
+            spec.shown,
+            r#"json:{"header": {"driver": "file", "filename": "h"}, "driver": "luks", "file": {"driver": "file", "filename": "d"}, "key-secret": "s"}"#
+        );
+        for (text, want) in [
+            ("driver=luks,file.filename=d,header=h", "Cannot find device='h' nor node-name='h'"),
+            ("driver=luks,file.filename=d,header.read-only=on", "Must specify either driver or file"),
+            (
+                "driver=luks,file.filename=d,header.foo=x,header.filename=h",
+                "Block protocol 'file' doesn't support the option 'foo'",
+            ),
+            (
+                "driver=luks,file.filename=d,encrypt.key-secret=s",
+                "Block format 'luks' does not support the option 'encrypt.key-secret'",
+            ),
+            (
+                "driver=raw,file.filename=d,header.filename=h",
+                "Block format 'raw' does not support the option 'header.filename'",
+            ),
+            (
+                "driver=qcow2,file.filename=d,key-secret=s",
+                "Block format 'qcow2' does not support the option 'key-secret'",
+            ),
+        ] {
+            assert_eq!(opts(text).unwrap_err(), format!("Could not open '{text}': {want}"));
+        }
+    }
+
+    #[test]
+    fn secrets_of_backing_images() {
+        let spec =
+            opts("driver=qcow2,file.filename=t,backing.encrypt.key-secret=b,backing.backing.key-secret=c").unwrap();
+        assert_eq!(spec.backing_secrets, [(1, "b".to_owned()), (2, "c".to_owned())]);
+        assert_eq!((spec.key_secret, spec.shown.as_str()), (None, "t"));
+        assert!(opts("driver=qcow2,file.filename=t,backing.file.filename=b").unwrap_err().contains("not provided"));
     }
 
     #[test]

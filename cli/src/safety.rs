@@ -160,6 +160,7 @@ fn role_name(role: FileRole) -> &'static str {
         | FileRole::TargetExtent
         | FileRole::NewBacking
         | FileRole::CommitBase
+        | FileRole::LuksHeader
         | FileRole::Unspecified => "file",
     }
 }

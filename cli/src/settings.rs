@@ -4,7 +4,8 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use instar_guest_protocol::message::{Format, Key, Source};
+use instar_guest_protocol::message::{BackingKey, Format, Key, Source};
+use zeroize::Zeroizing;
 
 use crate::args::{Found, Key as ArgKey, Opt};
 use crate::commands::{Objects, read_secret_file};
@@ -48,6 +49,17 @@ pub struct Settings {
     passphrase_file: Option<String>,
     /// What deriving a key may cost.
     max_key_iterations: Option<u64>,
+}
+
+/// Was an option one of those that all commands have?
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Taken {
+    /// It was.
+    Yes,
+    /// The command knows it.
+    No,
+    /// It was, and with it all is done.
+    Enough,
 }
 
 /// Options that instar adds to each command. They must be spelled out, so that no abbreviation of qemu-img's changes its
@@ -118,7 +130,7 @@ impl Settings {
     ///
     /// # Errors
     /// The message about its argument.
-    pub fn take(&mut self, (key, value): &Found) -> Result<bool, Fail> {
+    pub fn take(&mut self, (key, value): &Found) -> Result<Taken, Fail> {
         let text = value.as_deref().unwrap_or_default();
         match key {
             ArgKey::AllowDir => self.allow_dirs.push(PathBuf::from(text)),
@@ -130,11 +142,8 @@ impl Settings {
                 let count = size::parse_count("number of key iterations", text, 1, u64::MAX >> 1);
                 self.max_key_iterations = Some(count.map_err(Problem::new)?);
             }
-            // The commands look at it too.
-            ArgKey::Object => {
-                self.objects.add(text)?;
-                return Ok(false);
-            }
+            ArgKey::Object if !self.objects.add(text)? => return Ok(Taken::Enough),
+            ArgKey::Object => {}
             ArgKey::DebugGuest => self.limits.debug = true,
             ArgKey::IgnoreQuirks => self.strict = true,
             ArgKey::UnsafeQuirks => self.unsafe_quirks = true,
@@ -154,9 +163,9 @@ impl Settings {
                 "" | "percent" => self.progress = Show::Percent,
                 other => return Err(Fail::Usage(format!("--progress expects 'bar' or 'percent' not '{other}'"))),
             },
-            _ => return Ok(false),
+            _ => return Ok(Taken::No),
         }
-        Ok(true)
+        Ok(Taken::Yes)
     }
 
     /// An image that the user named, as the guest is told of it.
@@ -172,12 +181,19 @@ impl Settings {
             vhd_size: 0,
             key: None,
             data_file_named: false,
+            backing_keys: Vec::new(),
+            detached_header: false,
         }
     }
 
     /// Likewise, with what the image's name says of its format.
     pub fn source_of(&self, device: u32, spec: &ImageSpec) -> Source {
-        Source { named_dmg: spec.is_named_dmg(), vhd_size: spec.vhd_size.into(), ..self.source(device, spec.format) }
+        Source {
+            named_dmg: spec.is_named_dmg(),
+            vhd_size: spec.vhd_size.into(),
+            detached_header: spec.header.is_some(),
+            ..self.source(device, spec.format)
+        }
     }
 
     /// Likewise, with the key of an encrypted one, for those who look at its contents.
@@ -186,7 +202,12 @@ impl Settings {
     /// As [`key`](Self::key).
     pub fn readable(&self, device: u32, spec: &ImageSpec) -> Result<Source, Problem> {
         let data_file_named = spec.data_file.is_some();
-        Ok(Source { key: self.key(spec)?, data_file_named, ..self.source_of(device, spec) })
+        let below = |(depth, id): &(u32, String)| match self.objects.passphrase(id) {
+            Ok(passphrase) => Ok(BackingKey { depth: *depth, key: Some(self.key_of(passphrase)) }),
+            Err(problem) => Err((0..*depth).fold(problem, |problem, _| problem.within("Could not open backing file"))),
+        };
+        let backing_keys = spec.backing_secrets.iter().map(below).collect::<Result<_, _>>()?;
+        Ok(Source { key: self.key(spec)?, backing_keys, data_file_named, ..self.source_of(device, spec) })
     }
 
     /// What opens an encrypted image: the secret that it names, or else `--passphrase-file`.
@@ -194,7 +215,7 @@ impl Settings {
     /// # Errors
     /// A secret that is not there or can't be read. The message is without the image's name.
     pub fn key(&self, spec: &ImageSpec) -> Result<Option<Key>, Problem> {
-        let mut passphrase = match (&spec.key_secret, &self.passphrase_file) {
+        let passphrase = match (&spec.key_secret, &self.passphrase_file) {
             (Some(id), _) => self.objects.passphrase(id)?,
             (None, Some(file)) => {
                 let mut bytes = read_secret_file(file)?;
@@ -206,12 +227,16 @@ impl Settings {
             }
             (None, None) => return Ok(None),
         };
-        Ok(Some(Key {
+        Ok(Some(self.key_of(passphrase)))
+    }
+
+    fn key_of(&self, mut passphrase: Zeroizing<Vec<u8>>) -> Key {
+        Key {
             passphrase: std::mem::take(&mut *passphrase),
             max_iterations: self.max_key_iterations.unwrap_or(0),
             // The rest of the guest needs little beside it.
             max_memory: self.limits.memory.saturating_sub(48 * MEBIBYTE).max(MEBIBYTE),
-        }))
+        }
     }
 
     /// How progress is shown. `asked`: `-p`; `quiet`: `-q`.

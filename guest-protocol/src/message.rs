@@ -99,6 +99,23 @@ pub struct Source {
     /// The user named its external data file: it is to have one.
     #[prost(bool, tag = "71")]
     pub data_file_named: bool,
+    /// Open encrypted images below it.
+    #[prost(message, repeated, tag = "72")]
+    pub backing_keys: Vec<BackingKey>,
+    /// Its LUKS header lies in a file of its own, for which the guest asks.
+    #[prost(bool, tag = "73")]
+    pub detached_header: bool,
+}
+
+/// What opens an image of a chain.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct BackingKey {
+    /// Steps from the image that the user named: 1 is its backing image.
+    #[prost(uint32, tag = "1")]
+    pub depth: u32,
+    /// The key.
+    #[prost(message, optional, tag = "2")]
+    pub key: Option<Key>,
 }
 
 /// What opens an encrypted image, and what that may cost.
@@ -1015,6 +1032,9 @@ pub struct Target {
     /// The user named the external data file of the existing image: it is to have one.
     #[prost(bool, tag = "72")]
     pub data_file_named: bool,
+    /// Its LUKS header lies in a file of its own, for which the guest asks.
+    #[prost(bool, tag = "73")]
+    pub detached_header: bool,
 }
 
 /// A backing image to record in a new image.
@@ -1253,6 +1273,8 @@ pub enum FileRole {
     CommitBase = 7,
     /// The next part of the image that the user wants written (VMDK extent); the host composes its name.
     TargetExtent = 8,
+    /// The file that holds the LUKS header of an image; the user named it.
+    LuksHeader = 9,
 }
 
 /// Answer to [`OpenFile`].
@@ -2281,6 +2303,9 @@ pub struct LuksInfo {
     /// Key slots.
     #[prost(message, repeated, tag = "9")]
     pub slots: Vec<LuksSlot>,
+    /// Device of the file that holds the header, if that is a file of its own.
+    #[prost(uint32, optional, tag = "10")]
+    pub header_device: Option<u32>,
 }
 
 /// A LUKS key slot.

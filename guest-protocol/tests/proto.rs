@@ -61,6 +61,8 @@ fn source() -> m::Source {
         vhd_size: m::VhdSize::Current.into(),
         key: Some(key()),
         data_file_named: true,
+        backing_keys: vec![m::BackingKey { depth: 1, key: Some(key()) }],
+        detached_header: true,
     }
 }
 
@@ -152,6 +154,7 @@ fn info() -> m::ImageInfo {
         payload_offset: 4096,
         digest_iterations: 1000,
         slots: vec![slot],
+        header_device: Some(2),
     };
     m::ImageInfo {
         luks: Some(luks.clone()),

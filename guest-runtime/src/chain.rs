@@ -2,10 +2,11 @@
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
+use core::cell::Cell;
 
 use instar_blockio::{FileId, Layer, MemBlock, Overlay};
 use instar_guest_protocol::limits::MAX_CHAIN_DEPTH;
-use instar_guest_protocol::message::{Cause, Failure, FileRole, Format, OpenFile, Source, Step, VhdSize};
+use instar_guest_protocol::message::{BackingKey, Cause, Failure, FileRole, Format, OpenFile, Source, Step, VhdSize};
 
 use crate::formats::{OpenImage, format_by_name, open_image, open_named};
 use crate::ops::failure::about;
@@ -60,7 +61,7 @@ pub fn open_layers<P: Platform>(platform: &P, source: &Source) -> Result<Vec<Cha
     let mut image = open_top(platform, source)?;
     let mut layers = Vec::new();
     loop {
-        let below = open_backing(platform, device, &*image, how)?;
+        let below = open_backing(platform, device, &*image, &how)?;
         let (format, status_unit) = (image.format(), image.status_unit());
         layers.push(ChainLayer { format, file: FileId(device), status_unit, disk: image.into_layer() });
         match below {
@@ -86,7 +87,7 @@ pub(crate) fn open_below<P: Platform>(
     platform: &P,
     device: u32,
     image: &dyn OpenImage<P>,
-    how: Opening,
+    how: &Opening<'_>,
 ) -> Result<Option<Box<dyn Layer>>, Failure> {
     let mut below = open_backing(platform, device, image, how)?;
     let mut layers: Vec<Box<dyn Layer>> = Vec::new();
@@ -129,20 +130,41 @@ pub(crate) fn too_deep(device: u32) -> Failure {
 }
 
 /// How the images of a chain are opened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Opening {
+#[derive(Clone, Debug)]
+pub(crate) struct Opening<'a> {
     /// The further files of each image are opened. Describing needs no data.
     pub parts: bool,
     /// See [`Source::strict`].
     pub strict: bool,
     /// See [`Source::follow_probed`].
     pub follow_probed: bool,
+    /// Keys of encrypted images.
+    keys: &'a [BackingKey],
+    /// Images that have been opened below the first one.
+    depth: Cell<u32>,
 }
 
-impl Opening {
+impl<'a> Opening<'a> {
     /// As the user wants it for this image.
-    pub(crate) fn of(source: &Source, parts: bool) -> Self {
-        Self { parts, strict: source.strict, follow_probed: source.follow_probed }
+    pub(crate) fn of(source: &'a Source, parts: bool) -> Self {
+        Self {
+            parts,
+            strict: source.strict,
+            follow_probed: source.follow_probed,
+            keys: &source.backing_keys,
+            depth: Cell::new(0),
+        }
+    }
+
+    /// Unlocks the next image on the way down, if the user named a key for it.
+    ///
+    /// # Errors
+    /// A key that does not open it.
+    pub(crate) fn unlock_next<P: Platform>(&self, platform: &P, image: &mut dyn OpenImage<P>) -> Result<(), Failure> {
+        let depth = self.depth.get().saturating_add(1);
+        self.depth.set(depth);
+        let found = self.keys.iter().find(|found| found.depth == depth).and_then(|found| found.key.as_ref());
+        found.map_or(Ok(()), |key| image.unlock(platform, key))
     }
 }
 
@@ -157,7 +179,7 @@ pub(crate) fn open_backing<P: Platform>(
     platform: &P,
     device: u32,
     image: &dyn OpenImage<P>,
-    how: Opening,
+    how: &Opening<'_>,
 ) -> Result<Option<Below<P>>, Failure> {
     let Some(backing) = image.backing() else { return Ok(None) };
     let recorded = recorded_format(device, backing.driver)?;
@@ -169,6 +191,7 @@ pub(crate) fn open_backing<P: Platform>(
     if recorded == Format::Unknown && !how.follow_probed && !found.references().is_empty() {
         return Err(about(Step::Open, FileId(below), Cause::BackingFormatNeeded));
     }
+    how.unlock_next(platform, &mut *found)?;
     if how.parts {
         // To describe a chain is to show also what does not fit.
         image.check_backing(&*found)?;

@@ -274,44 +274,110 @@ fn qemu_and_cryptsetup_open_what_is_created() {
     }
 }
 
+/// Runs cryptsetup with the passphrase of a file; `false`, and a word about it, if it can't do that here.
+fn cryptsetup(args: &[&str], pass: &Path) -> bool {
+    let done = Command::new("cryptsetup").args(["--batch-mode", "--key-file"]).arg(pass).args(args).output().unwrap();
+    if !done.status.success() {
+        eprintln!("SKIPPED: cryptsetup {}: {}", args.join(" "), String::from_utf8_lossy(&done.stderr).trim());
+    }
+    done.status.success()
+}
+
 #[test]
 fn version_2_of_cryptsetup_opens() {
     if !have("cryptsetup") {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let (path, pass) = (dir.path().join("v2.luks"), dir.path().join("pass"));
+    let (path, pass, more) = (dir.path().join("v2.luks"), dir.path().join("pass"), dir.path().join("more"));
+    let volume_name = path.to_str().unwrap();
     fs::write(&pass, "pass").unwrap();
-    for kdf in [
-        &["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"][..],
-        &["--pbkdf", "argon2id", "--pbkdf-memory", "64", "--pbkdf-parallel", "2", "--pbkdf-force-iterations", "4"],
-        &["--pbkdf", "argon2i", "--pbkdf-memory", "32", "--pbkdf-parallel", "1", "--pbkdf-force-iterations", "4"],
+    fs::write(&more, "another").unwrap();
+    let pbkdf2 = &["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"][..];
+    let argon2 = ["--pbkdf-parallel", "2", "--pbkdf-force-iterations", "4"];
+    let argon2id = [&["--pbkdf", "argon2id", "--pbkdf-memory", "64"][..], &argon2].concat();
+    let argon2i = [&["--pbkdf", "argon2i", "--pbkdf-memory", "32"][..], &argon2].concat();
+    for (kdf, sector_size, cipher) in [
+        (pbkdf2, "512", "aes-xts-plain64"),
+        (&argon2id, "1024", "aes-xts-plain64"),
+        (&argon2i, "2048", "aes-cbc-essiv:sha256"),
+        (&argon2id, "4096", "aes-cbc-plain64"),
     ] {
         fs::write(&path, vec![0; 20 << 20]).unwrap();
-        let made = Command::new("cryptsetup")
-            .args(["luksFormat", "--batch-mode", "--type", "luks2", "--key-file"])
-            .arg(&pass)
-            .args(kdf)
-            .arg(&path)
-            .output()
-            .unwrap();
-        if !made.status.success() {
-            eprintln!("SKIPPED: cryptsetup can't format here: {}", String::from_utf8_lossy(&made.stderr).trim());
+        let format = ["luksFormat", "--type", "luks2", "--sector-size", sector_size, "--cipher", cipher, volume_name];
+        if !cryptsetup(&[kdf, &format].concat(), &pass) {
+            return;
+        }
+        let mut added = vec!["luksAddKey"];
+        added.extend(pbkdf2);
+        added.extend([volume_name, more.to_str().unwrap()]);
+        if !cryptsetup(&added, &pass) {
             return;
         }
         let bytes = fs::read(&path).unwrap();
-        let disk = MemBlock::from(bytes.clone());
-        let volume = Volume::read(&disk, 0, false).unwrap();
-        assert!(matches!(volume, Volume::V2(_)));
-        volume.unlock(&disk, 0, b"pass", &Limits::default()).unwrap();
-        assert_eq!(volume.unlock(&disk, 0, b"other", &Limits::default()).unwrap_err(), Error::WrongPassphrase);
-        let costly = volume.unlock(&disk, 0, b"pass", &Limits { iterations: 10, memory: 1 << 30 }).unwrap_err();
+        let limits = Limits::default();
+        let open = |bytes: Vec<u8>, passphrase: &[u8], limits: &Limits| {
+            let disk = MemBlock::from(bytes);
+            let volume = Volume::read(&disk, 0, false)?;
+            assert!(matches!(volume, Volume::V2(_)));
+            volume.unlock(&disk, 0, passphrase, limits)
+        };
+        for passphrase in [&b"pass"[..], b"another"] {
+            let opened = open(bytes.clone(), passphrase, &limits).unwrap();
+            assert_eq!(opened.sector_size().to_string(), sector_size);
+        }
+        assert_eq!(open(bytes.clone(), b"other", &limits).unwrap_err(), Error::WrongPassphrase);
+        let costly = open(bytes.clone(), b"pass", &Limits { iterations: 10, memory: 1 << 30 }).unwrap_err();
         assert!(matches!(costly, Error::TooManyIterations(_)), "{costly}");
-        // A damaged first header: the second one serves.
-        let mut damaged = bytes;
-        damaged[5000] ^= 1;
-        let disk = MemBlock::from(damaged);
-        Volume::read(&disk, 0, false).unwrap().unlock(&disk, 0, b"pass", &Limits::default()).unwrap();
+        if kdf.contains(&"argon2id") {
+            let hungry = open(bytes.clone(), b"pass", &Limits { memory: (64 << 10) - 1, ..limits }).unwrap_err();
+            assert_eq!(hungry, Error::TooMuchMemory(64 << 10));
+        }
+        // A damaged first header, in its binary part and in its text: the second one serves. Both: none.
+        for at in [5000, 10, 0] {
+            let mut damaged = bytes.clone();
+            damaged[at] ^= 1;
+            let size = 0x4000;
+            if at != 0 {
+                open(damaged.clone(), b"pass", &limits).unwrap();
+            }
+            damaged[size + 5000] ^= 1;
+            assert!(open(damaged, b"pass", &limits).is_err());
+        }
+    }
+}
+
+/// What QEMU wrote into a volume of version 1 is read after cryptsetup made one of version 2 of it.
+#[test]
+fn contents_of_version_2_are_decrypted() {
+    if !have("cryptsetup") || !have("qemu-io") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (path, pass) = (dir.path().join("v.luks"), dir.path().join("pass"));
+    fs::write(&pass, "pass").unwrap();
+    fs::write(&path, vec![0; 6 << 20]).unwrap();
+    let name = path.to_str().unwrap();
+    let format = ["luksFormat", "--type", "luks1", "--pbkdf-force-iterations", "1000", name];
+    if !cryptsetup(&format, &pass) {
+        return;
+    }
+    let opts = format!("driver=luks,key-secret=s,file.filename={name}");
+    let commands = ["-c", "write -P 0x5a 0 8k", "-c", "write -P 0xa5 1M 64k"];
+    must(Command::new("qemu-io").args(["--object", "secret,id=s,data=pass", "--image-opts"]).args(commands).arg(opts));
+    if !cryptsetup(&["convert", "--type", "luks2", name], &pass) {
+        return;
+    }
+    let disk = MemBlock::from(fs::read(&path).unwrap());
+    let volume = Volume::read(&disk, 0, false).unwrap();
+    assert!(matches!(volume, Volume::V2(_)));
+    let cipher = volume.unlock(&disk, 0, b"pass", &Limits::default()).unwrap();
+    let payload = volume.payload().unwrap();
+    for (at, len, byte) in [(0, 8 << 10, 0x5a), (1 << 20, 64 << 10, 0xa5)] {
+        let mut read = vec![0; len];
+        disk.read_at(payload.offset + at, &mut read).unwrap();
+        cipher.decrypt(payload.position + at, &mut read).unwrap();
+        assert!(read.iter().all(|found| *found == byte), "at {at}");
     }
 }
 

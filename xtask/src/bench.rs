@@ -62,6 +62,47 @@ const WORKLOADS: &[Workload] = &[
     Workload { name: "dynamic VHDX -> raw", args: &["convert", "-f", "vhdx", "-O", "raw", "dynamic.vhdx", "{}"] },
     Workload { name: "dynamic VHDX -> qcow2", args: &["convert", "-f", "vhdx", "-O", "qcow2", "dynamic.vhdx", "{}"] },
     Workload { name: "raw -> dynamic VHDX", args: &["convert", "-f", "raw", "-O", "vhdx", "data.raw", "{}"] },
+    Workload {
+        name: "LUKS aes-256-xts -> raw",
+        args: &[
+            "convert",
+            SECRET[0],
+            SECRET[1],
+            "--image-opts",
+            "driver=luks,file.filename=v.luks,key-secret=s",
+            "-O",
+            "raw",
+            "{}",
+        ],
+    },
+    // Into a volume that is there: qemu-img takes seconds to measure how fast keys are derived.
+    Workload {
+        name: "raw -> LUKS aes-256-xts",
+        args: &[
+            "convert",
+            "-n",
+            SECRET[0],
+            SECRET[1],
+            "-f",
+            "raw",
+            "data.raw",
+            "--target-image-opts",
+            "driver=luks,file.filename=target.luks,key-secret=s",
+        ],
+    },
+    Workload {
+        name: "encrypted qcow2 -> raw",
+        args: &[
+            "convert",
+            SECRET[0],
+            SECRET[1],
+            "--image-opts",
+            "driver=qcow2,file.filename=encrypted.qcow2,encrypt.key-secret=s",
+            "-O",
+            "raw",
+            "{}",
+        ],
+    },
     Workload { name: "check, 4 KiB clusters", args: &["check", "c4k.qcow2"] },
     Workload { name: "map, 4 KiB clusters", args: &["map", "--output=json", "c4k.qcow2"] },
     Workload { name: "check, 1 TiB with 20 000 clusters", args: &["check", "scattered.qcow2"] },
@@ -74,6 +115,9 @@ const WORKLOADS: &[Workload] = &[
     },
 ];
 
+/// What opens the encrypted inputs.
+const SECRET: [&str; 2] = ["--object", "secret,id=s,data=passphrase"];
+
 /// A disk of 1 TiB of which this many clusters, all over it, hold something.
 const SCATTERED: u64 = 20_000;
 
@@ -83,6 +127,12 @@ const OTHER_INPUTS: &[(&str, &str, &str)] = &[
     ("stream.vmdk", "vmdk", "subformat=streamOptimized"),
     ("dynamic.vhd", "vpc", "subformat=dynamic,force_size=on"),
     ("dynamic.vhdx", "vhdx", "subformat=dynamic"),
+];
+
+/// Likewise encrypted, with keys that are derived at once.
+const ENCRYPTED_INPUTS: &[(&str, &str, &str)] = &[
+    ("v.luks", "luks", "key-secret=s,iter-time=10"),
+    ("encrypted.qcow2", "qcow2", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"),
 ];
 
 struct Options {
@@ -314,6 +364,10 @@ fn make_inputs(dir: &Path, mib: u64) -> Result {
     for (name, format, options) in OTHER_INPUTS {
         qemu(&["convert", "-f", "raw", "-O", format, "-o", options, "data.raw", name])?;
     }
+    for (name, format, options) in ENCRYPTED_INPUTS {
+        qemu(&["convert", SECRET[0], SECRET[1], "-f", "raw", "-O", format, "-o", options, "data.raw", name])?;
+    }
+    fs::copy(dir.join("v.luks"), dir.join("target.luks"))?;
     scattered(dir)?;
     // Six layers: the base, and five that each hold every sixth stretch of 2 MiB.
     let mut below = "plain.qcow2".to_owned();

@@ -4,7 +4,7 @@ use instar_guest_protocol::message::request::Operation;
 use instar_guest_protocol::message::{AmendOptions, AmendRequest, Format, InfoRequest};
 
 use super::info::Run;
-use super::{CommandLine, Objects, Settings, is_cache_mode};
+use super::{CommandLine, Settings, is_cache_mode};
 use crate::args::{Key, Opt};
 use crate::creation::{self, luks};
 use crate::edit::Edit;
@@ -70,7 +70,6 @@ struct Arguments {
     image_opts: bool,
     cache: Option<String>,
     options: OptionList,
-    objects: Objects,
     force: bool,
 }
 
@@ -83,7 +82,6 @@ impl Arguments {
             Key::ImageOpts => self.image_opts = true,
             Key::TargetCache => self.cache = Some(value),
             Key::Options => self.options.add(&value)?,
-            Key::Object => self.objects.add(&value)?,
             Key::Force => self.force = true,
             _ => {}
         }
@@ -210,7 +208,7 @@ impl Changes {
         if let Some(volume) = volume {
             let prefix = if format == Format::Luks { "" } else { "encrypt." };
             let kind = (&volume.hash[..], volume.key_bytes as usize);
-            wire.keys = Some(luks::key_change(&options, prefix, &arguments.objects, kind, arguments.force)?);
+            wire.keys = Some(luks::key_change(&options, prefix, &settings.objects, kind, arguments.force)?);
         }
         Ok(Self { options, wire })
     }

@@ -5,7 +5,7 @@ use std::time::Instant;
 use instar_guest_protocol::message::request::Operation;
 use instar_guest_protocol::message::{BenchRequest, Progress};
 
-use super::{CommandLine, Objects, Settings, is_cache_mode};
+use super::{CommandLine, Settings, is_cache_mode};
 use crate::args::{Key, Opt};
 use crate::creation::seed;
 use crate::edit::{Attendant, Edit};
@@ -33,7 +33,6 @@ const OPTIONS: &[Opt] = &[
     Opt::long_value(Key::FlushInterval, "flush-interval"),
     Opt::long_flag(Key::NoDrain, "no-drain"),
     Opt::flag(Key::ForceShare, b'U', "force-share"),
-    Opt::long_value(Key::Object, "object"),
 ];
 
 /// Numbers are 31 bits wide.
@@ -55,7 +54,6 @@ struct Arguments {
     pattern: u64,
     flush_interval: u64,
     force_share: bool,
-    objects: Objects,
 }
 
 impl Default for Arguments {
@@ -74,7 +72,6 @@ impl Default for Arguments {
             pattern: 0,
             flush_interval: 0,
             force_share: false,
-            objects: Objects::default(),
         }
     }
 }
@@ -101,7 +98,6 @@ impl Arguments {
             Key::Pattern => self.pattern = size::parse_count("pattern byte", &value, 0, 0xff)?,
             Key::FlushInterval => self.flush_interval = size::parse_count("flush interval", &value, 0, MAX)?,
             Key::ForceShare => self.force_share = true,
-            Key::Object => self.objects.add(&value)?,
             // Requests of one turn are always finished before a flush.
             _ => {}
         }

@@ -3,7 +3,7 @@
 use instar_guest_protocol::message::request::Operation;
 use instar_guest_protocol::message::{BitmapAction, BitmapRequest, BitmapVerb};
 
-use super::{CommandLine, Objects, Settings};
+use super::{CommandLine, Settings};
 use crate::args::{Key, Opt};
 use crate::edit::Edit;
 use crate::image_opts::ImageSpec;
@@ -37,7 +37,6 @@ struct Arguments {
     granularity: u64,
     source: Option<String>,
     source_format: Option<String>,
-    objects: Objects,
 }
 
 impl Arguments {
@@ -62,7 +61,6 @@ impl Arguments {
             Key::Granularity => self.granularity = size::parse_named("granularity", &value, 0, i64::MAX as u64)?,
             Key::SourceFile => self.source = Some(value),
             Key::SourceFormat => self.source_format = Some(value),
-            Key::Object => self.objects.add(&value)?,
             _ => {}
         }
         Ok(())

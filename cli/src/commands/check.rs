@@ -7,7 +7,7 @@ use instar_guest_protocol::message::{
     CheckFinding, CheckNumbers, CheckReply, CheckRequest, FindingKind, Source, Step, reply,
 };
 
-use super::{CommandLine, Objects, Settings, is_cache_mode};
+use super::{CommandLine, Settings, is_cache_mode};
 use crate::args::{Key, Opt};
 use crate::config::Output;
 use crate::formats;
@@ -48,7 +48,6 @@ struct Arguments {
     output: Option<Output>,
     leaks: bool,
     corruptions: bool,
-    objects: Objects,
 }
 
 impl Arguments {
@@ -68,7 +67,6 @@ impl Arguments {
                     return Err(Fail::Usage(text));
                 }
             },
-            Key::Object => self.objects.add(&value)?,
             _ => {}
         }
         Ok(())

@@ -5,7 +5,7 @@ use std::fs::canonicalize;
 use instar_guest_protocol::message::request::Operation;
 use instar_guest_protocol::message::{Cause, CommitRequest, OpenFile, Progress};
 
-use super::{CommandLine, Objects, Settings, is_cache_mode};
+use super::{CommandLine, Settings, is_cache_mode};
 use crate::args::{Key, Opt};
 use crate::creation::seed;
 use crate::edit::{Attendant, Edit};
@@ -45,7 +45,6 @@ struct Arguments {
     rate: u64,
     progress: bool,
     quiet: bool,
-    objects: Objects,
 }
 
 impl Arguments {
@@ -62,7 +61,6 @@ impl Arguments {
                 self.keep = true;
             }
             Key::Rate => self.rate = size::parse_named("rate limit", &value, 0, i64::MAX as u64)?,
-            Key::Object => self.objects.add(&value)?,
             _ => {}
         }
         Ok(())

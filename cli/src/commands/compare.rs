@@ -5,7 +5,7 @@ use std::thread;
 use instar_guest_protocol::message::request::Operation;
 use instar_guest_protocol::message::{CompareReply, CompareRequest, Failure, Progress, Step, reply};
 
-use super::{CommandLine, Objects, Settings, is_cache_mode};
+use super::{CommandLine, Settings, is_cache_mode};
 use crate::args::{Key, Opt};
 use crate::config::Output;
 use crate::image_opts::ImageSpec;
@@ -54,7 +54,6 @@ struct Arguments {
     progress: bool,
     force_share: bool,
     output: Option<Output>,
-    objects: Objects,
 }
 
 impl Arguments {
@@ -69,7 +68,6 @@ impl Arguments {
             Key::SourceCache => self.cache = Some(value),
             Key::ForceShare => self.force_share = true,
             Key::Output => self.output = Some(Output::parse(&value)?),
-            Key::Object => self.objects.add(&value)?,
             _ => {}
         }
         Ok(())

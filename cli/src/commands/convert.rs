@@ -1,5 +1,6 @@
 //! `convert`.
 
+use std::path::Path;
 use std::thread;
 
 use instar_guest_protocol::message::{
@@ -14,7 +15,7 @@ use crate::files::{Access, Files, Refusal, open_data, unnamed_to_write};
 use crate::formats;
 use crate::image_opts::ImageSpec;
 use crate::lock::Purpose;
-use crate::open::{Opened, join_name};
+use crate::open::{Opened, join_name, open_to_read};
 use crate::options::{self, OptionList, Options, split};
 use crate::output::progress::{ProgressLine, Show};
 use crate::pace::Pace;
@@ -89,7 +90,6 @@ struct Arguments {
     force_share: bool,
     progress: bool,
     quiet: bool,
-    objects: Objects,
     /// `dd` copies a part.
     blocks: Option<Blocks>,
 }
@@ -98,7 +98,6 @@ impl Arguments {
     fn take(&mut self, program: &Program, key: Key, value: String) -> Result<(), Fail> {
         match key {
             Key::Quiet => self.quiet = true,
-            Key::Object => self.objects.add(&value)?,
             Key::ImageOpts => self.image_opts = true,
             Key::Format => self.format = Some(value),
             Key::SourceCache => self.source_cache = Some(value),
@@ -285,7 +284,7 @@ fn convert(
         return Err("No support for concatenating multiple snapshot".into());
     }
     // What is wrong with the target is told once the sources are known to be good: when the guest asks for it.
-    let plan = Plan::new(arguments, sources.len(), target);
+    let plan = Plan::new(arguments, &settings.objects, sources.len(), target);
     let mut wire = plan.as_ref().map_or_else(|_| Target::default(), |plan| plan.wire.clone());
     if let Some(spec) = plan.as_ref().ok().and_then(|plan| plan.existing.as_ref()) {
         let key = settings.key(spec);
@@ -340,6 +339,7 @@ fn convert(
         plan,
         late,
         existing: Vec::new(),
+        existing_header: None,
         progress,
         pace: Pace::start(arguments.rate),
     };
@@ -400,10 +400,10 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(arguments: &Arguments, source_count: usize, target: &str) -> Result<Self, Problem> {
+    fn new(arguments: &Arguments, objects: &Objects, source_count: usize, target: &str) -> Result<Self, Problem> {
         let plan = match arguments.no_create {
             true => Self::of_existing(arguments, target)?,
-            false => Self::of_new(arguments, source_count, target)?,
+            false => Self::of_new(arguments, objects, source_count, target)?,
         };
         if let Some(mode) = arguments.target_cache.as_deref().filter(|mode| !is_cache_mode(mode)) {
             return Err(Problem::new(format!("Invalid cache option: {mode}")));
@@ -436,8 +436,14 @@ impl Plan {
             Format::File => Format::Raw,
             format => format,
         };
-        let data_file_named = spec.data_file.is_some();
-        let wire = Target { format: format.into(), existing: true, seed: seed(), data_file_named, ..Target::default() };
+        let wire = Target {
+            format: format.into(),
+            existing: true,
+            seed: seed(),
+            data_file_named: spec.data_file.is_some(),
+            detached_header: spec.header.is_some(),
+            ..Target::default()
+        };
         Ok(Self {
             given: target.to_owned(),
             format,
@@ -450,7 +456,7 @@ impl Plan {
         })
     }
 
-    fn of_new(arguments: &Arguments, source_count: usize, target: &str) -> Result<Self, Problem> {
+    fn of_new(arguments: &Arguments, objects: &Objects, source_count: usize, target: &str) -> Result<Self, Problem> {
         let name = arguments.target_format();
         let is_dd = arguments.blocks.is_some();
         if is_dd && formats::driver(name).is_none() {
@@ -478,7 +484,7 @@ impl Plan {
         if backing_name.is_some() && options.text("backing_fmt").is_none() {
             return Err(Problem::new("Use of backing file requires explicit backing format"));
         }
-        let layout = (kind.layout)(&options, &arguments.objects);
+        let layout = (kind.layout)(&options, objects);
         if arguments.compress && format == Format::Qcow2 {
             if options.any_with_prefix("encrypt") {
                 return Err(Problem::new("Compression and encryption not supported at the same time"));
@@ -527,6 +533,8 @@ struct ConvertHost<'a> {
     /// What is wrong with the target's backing image, told once the target is made.
     late: Option<Problem>,
     existing: Vec<Opened>,
+    /// The file with the LUKS header of the existing target.
+    existing_header: Option<(Opened, Granted)>,
     progress: &'a mut ProgressLine,
     pace: Pace,
 }
@@ -545,6 +553,14 @@ impl ConvertHost<'_> {
             };
             let (file, granted) =
                 opened.map_err(|problem| problem.within(format!("Could not open '{}'", spec.given)))?;
+            if let Some(name) = &spec.header {
+                let header = open_to_read(Path::new(name)).and_then(|header| {
+                    let granted = header.grant(machine, false)?;
+                    Ok((header, granted))
+                });
+                let header = header.map_err(|problem| problem.within(format!("Could not open '{}'", spec.given)))?;
+                self.existing_header = Some(header);
+            }
             self.existing.push(file);
             return Ok(granted);
         }
@@ -661,6 +677,10 @@ impl Host for ConvertHost<'_> {
                     None
                 }
             },
+            // Of a source it is among the files, which know their devices.
+            FileRole::LuksHeader if self.files.get(wanted.referrer).is_none() => {
+                self.existing_header.as_ref().map(|(_, granted)| *granted)
+            }
             _ => self.files.open_embedded(machine, wanted, self.access),
         }
     }

@@ -6,7 +6,7 @@ use instar_guest_protocol::message::{
 };
 
 use super::info::Run;
-use super::{CommandLine, Objects, Settings};
+use super::{CommandLine, Settings};
 use crate::args::{Key, Opt};
 use crate::creation::{self, Creatable, Layout, creatable};
 use crate::files::{Access, Files, Refusal};
@@ -46,14 +46,12 @@ struct Arguments {
     backing_format: Option<String>,
     backing_unsafe: bool,
     options: OptionList,
-    objects: Objects,
 }
 
 impl Arguments {
     fn take(&mut self, key: Key, value: String) -> Result<(), Fail> {
         match key {
             Key::Quiet => self.quiet = true,
-            Key::Object => self.objects.add(&value)?,
             Key::Format => self.format = Some(value),
             Key::Backing => self.backing = Some(value),
             Key::BackingFormat => self.backing_format = Some(value),
@@ -165,7 +163,7 @@ impl Creation {
         if size.is_none() && backing.as_ref().is_none_or(|backing| backing.image.is_none()) {
             return Err(Problem::new("Image creation needs a size parameter"));
         }
-        let layout = (kind.layout)(&options, &arguments.objects);
+        let layout = (kind.layout)(&options, &settings.objects);
         Ok(Self { kind, options, layout, size, backing, quiet: arguments.quiet })
     }
 

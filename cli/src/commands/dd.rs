@@ -3,7 +3,7 @@
 use instar_guest_protocol::message::Blocks;
 
 use super::convert::{BlockCopy, copy_blocks};
-use super::{CommandLine, Objects, Settings};
+use super::{CommandLine, Settings};
 use crate::args::{Key, Opt};
 use crate::program::{Fail, Outcome, Program};
 use crate::size;
@@ -30,7 +30,6 @@ const MAX_COUNT: u64 = i64::MAX as u64;
 /// What the user is told.
 pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcome {
     let mut copy = BlockCopy { blocks: Blocks { size: BLOCK, ..Blocks::default() }, ..BlockCopy::default() };
-    let mut objects = Objects::default();
     let line = CommandLine::parse(program, OPTIONS, &[], args);
     let operands = line.walk(&mut settings, include_str!("help/dd.txt"), |key, value| {
         match key {
@@ -38,7 +37,6 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
             Key::ImageOpts => copy.image_opts = true,
             Key::TargetFormat => copy.target_format = Some(value),
             Key::ForceShare => copy.force_share = true,
-            Key::Object => objects.add(&value)?,
             _ => {}
         }
         Ok(())

@@ -4,7 +4,6 @@ use instar_guest_protocol::message::{
     Cause, Failure, FileRole, Format, ImageInfo, InfoReply, InfoRequest, OpenFile, Progress, Request, reply, request,
 };
 
-use super::object::Objects;
 use super::{CommandLine, Settings};
 use crate::args::{Key, Opt};
 use crate::chain::Chain;
@@ -47,7 +46,6 @@ struct Arguments {
     force_share: bool,
     chain: bool,
     safety: bool,
-    objects: Objects,
 }
 
 impl Arguments {
@@ -56,7 +54,6 @@ impl Arguments {
             Key::Format => self.format = Some(value),
             Key::Output => self.output = Some(Output::parse(&value)?),
             Key::BackingChain => self.backing_chain = true,
-            Key::Object => self.objects.add(&value)?,
             Key::ImageOpts => self.image_opts = true,
             Key::ForceShare => self.force_share = true,
             Key::Chain => self.chain = true,
@@ -241,7 +238,8 @@ impl Run {
             extra.push(("safety", report.node()));
         }
         let mut stat = record.file.stat;
-        let parts = info.vmdk.iter().flat_map(|vmdk| &vmdk.extents).filter_map(|extent| extent.device);
+        let extents = info.vmdk.iter().flat_map(|vmdk| &vmdk.extents).filter_map(|extent| extent.device);
+        let parts = extents.chain(info.luks.as_ref().and_then(|luks| luks.header_device));
         let parts = parts.filter(|device| *device != info.device).filter_map(|device| self.files.get(device));
         let parts: Vec<Part<'_>> = parts.map(|part| Part { name: &part.name, stat: part.file.stat }).collect();
         let own_allocated = stat.allocated;
@@ -276,7 +274,9 @@ struct InfoHost {
 impl Host for InfoHost {
     fn open(&mut self, machine: &mut dyn Machine, wanted: &OpenFile) -> Option<Granted> {
         match wanted.role() {
-            FileRole::Backing | FileRole::Extent => self.files.open_embedded(machine, wanted, self.access),
+            FileRole::Backing | FileRole::Extent | FileRole::LuksHeader => {
+                self.files.open_embedded(machine, wanted, self.access)
+            }
             _ => None,
         }
     }

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use instar_guest_protocol::message::request::Operation;
 use instar_guest_protocol::message::{MapRequest, MapRun};
 
-use super::{CommandLine, Objects, Settings};
+use super::{CommandLine, Settings};
 use crate::args::{Key, Opt};
 use crate::config::Output;
 use crate::files::Files;
@@ -39,7 +39,6 @@ struct Arguments {
     max_length: Option<u64>,
     output: Option<Output>,
     force_share: bool,
-    objects: Objects,
 }
 
 impl Arguments {
@@ -51,7 +50,6 @@ impl Arguments {
             Key::MaxLength => self.max_length = Some(size::parse_named("max length", &value, 0, i64::MAX as u64)?),
             Key::Output => self.output = Some(Output::parse(&value)?),
             Key::ForceShare => self.force_share = true,
-            Key::Object => self.objects.add(&value)?,
             _ => {}
         }
         Ok(())

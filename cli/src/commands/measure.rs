@@ -45,7 +45,6 @@ struct Arguments {
     snapshot: Option<SnapshotSelector>,
     output: Option<Output>,
     force_share: bool,
-    objects: Objects,
 }
 
 impl Arguments {
@@ -59,7 +58,6 @@ impl Arguments {
             Key::Snapshot => self.snapshot = Some(snapshot_selector(program, &value)?),
             Key::Output => self.output = Some(Output::parse(&value)?),
             Key::ForceShare => self.force_share = true,
-            Key::Object => self.objects.add(&value)?,
             _ => {}
         }
         Ok(())
@@ -107,7 +105,7 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
             return Err(format!("Invalid options for file format '{name}'").into());
         }
     };
-    let layout = Layout::of(target, &options, &arguments.objects)?;
+    let layout = Layout::of(target, &options, &settings.objects)?;
     let found = match &image {
         Some(image) => ask(&settings, &arguments, image, &layout)?,
         None => MeasureReply { virtual_size: arguments.size.unwrap_or_default(), ..MeasureReply::default() },

@@ -19,7 +19,7 @@ pub mod snapshot;
 
 pub use object::{Objects, read_secret_file};
 
-pub use crate::settings::{OWN, Settings};
+pub use crate::settings::{OWN, Settings, Taken};
 
 use crate::args::{self, Key, Operands, Opt};
 use crate::program::{Fail, Outcome, Program, print};
@@ -57,9 +57,10 @@ impl CommandLine {
                 print(help)?;
                 return Ok(None);
             }
-            if !settings.take(&found)? {
-                let (key, value) = found;
-                take(key, value.unwrap_or_default())?;
+            match settings.take(&found)? {
+                Taken::Yes => {}
+                Taken::No => take(found.0, found.1.unwrap_or_default())?,
+                Taken::Enough => return Ok(None),
             }
         }
         match self.parsed.error {

@@ -3,7 +3,7 @@
 use instar_guest_protocol::message::request::Operation;
 use instar_guest_protocol::message::{Format, OpenFile, Progress, RebaseRequest};
 
-use super::{CommandLine, Objects, Settings, is_cache_mode};
+use super::{CommandLine, Settings, is_cache_mode};
 use crate::args::{Key, Opt};
 use crate::edit::{Attendant, Edit};
 use crate::files::{Access, Files};
@@ -48,7 +48,6 @@ struct Arguments {
     force_share: bool,
     progress: bool,
     quiet: bool,
-    objects: Objects,
 }
 
 impl Arguments {
@@ -65,7 +64,6 @@ impl Arguments {
             Key::BackingFormat => self.backing_format = Some(value),
             Key::BackingUnsafe => self.only_name = true,
             Key::ForceShare => self.force_share = true,
-            Key::Object => self.objects.add(&value)?,
             _ => {}
         }
         Ok(())

@@ -3,7 +3,7 @@
 use instar_guest_protocol::message::request::Operation;
 use instar_guest_protocol::message::{Preallocation, ResizeRequest, SizeChange};
 
-use super::{CommandLine, Objects, Settings};
+use super::{CommandLine, Settings};
 use crate::args::{Key, Opt};
 use crate::creation;
 use crate::edit::Edit;
@@ -32,7 +32,6 @@ struct Arguments {
     preallocation: Preallocation,
     shrink: bool,
     quiet: bool,
-    objects: Objects,
 }
 
 impl Arguments {
@@ -46,7 +45,6 @@ impl Arguments {
                 self.preallocation = mode.ok_or_else(|| format!("Invalid preallocation mode '{value}'"))?;
             }
             Key::Shrink => self.shrink = true,
-            Key::Object => self.objects.add(&value)?,
             _ => {}
         }
         Ok(())

@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use instar_guest_protocol::message::request::Operation;
 use instar_guest_protocol::message::{SnapshotAction, SnapshotRequest};
 
-use super::{CommandLine, Objects, Settings};
+use super::{CommandLine, Settings};
 use crate::args::{Key, Opt};
 use crate::edit::Edit;
 use crate::image_opts::ImageSpec;
@@ -38,7 +38,6 @@ struct Arguments {
     image_opts: bool,
     force_share: bool,
     action: Option<(SnapshotAction, String)>,
-    objects: Objects,
 }
 
 impl Arguments {
@@ -60,7 +59,6 @@ impl Arguments {
                 self.force_share = true;
                 return Ok(());
             }
-            Key::Object => return self.objects.add(&value),
             _ => return Ok(()),
         };
         match self.action.replace((action, value)) {

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::Read;
 use std::time::{Duration, Instant};
 
-use instar_guest_protocol::message::{Format, KeyChange, LuksOptions, Target};
+use instar_guest_protocol::message::{Format, KeyChange, LuksOptions, Preallocation, Target};
 use instar_luks::{Algorithm, CipherMode, CipherSpec, Error, Hash};
 
 use super::{CreatableFormat, Layout, is_negative, preallocation};
@@ -44,10 +44,11 @@ fn layout(options: &Options, objects: &Objects) -> Layout {
     }
     match options.text("preallocation").map(|word| (word, preallocation(word))) {
         None => {}
+        // There are no tables to make ahead.
+        Some((_, Some(Preallocation::Metadata))) => {}
         Some((_, Some(mode))) => wire.preallocation = mode.into(),
         Some((word, None)) => {
-            let text = format!("Parameter 'preallocation' does not accept value '{word}'");
-            late.get_or_insert(Problem::new(text));
+            late.get_or_insert(Problem::new(format!("invalid parameter value: {word}")));
         }
     }
     if options.number("size").is_some_and(is_negative) {

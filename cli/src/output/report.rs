@@ -150,7 +150,7 @@ impl Described<'_> {
             };
             for (number, part) in self.parts.iter().enumerate().rev() {
                 let disk_size = human::size(part.stat.allocated);
-                child(&format!("extents.{number}"), part.name, protocol_of(part.stat.kind), part.stat.len, &disk_size);
+                child(&self.part_node(number), part.name, protocol_of(part.stat.kind), part.stat.len, &disk_size);
             }
             child("file", self.file, self.protocol(), self.file_len, &self.own_disk_size());
         }
@@ -204,10 +204,14 @@ impl Described<'_> {
         Node::Dict(members)
     }
 
+    /// The name of the node of a further file.
+    fn part_node(&self, number: usize) -> String {
+        if self.info.luks.is_some() { "header".to_owned() } else { format!("extents.{number}") }
+    }
+
     fn children(&self) -> Vec<Node> {
         let parts = self.parts.iter().enumerate().rev();
-        let parts =
-            parts.map(|(number, part)| child(&format!("extents.{number}"), part.name, part.stat, part.stat.len));
+        let parts = parts.map(|(number, part)| child(&self.part_node(number), part.name, part.stat, part.stat.len));
         let stat = Stat { allocated: self.own_allocated, ..self.stat };
         parts.chain([child("file", self.file, stat, self.file_len)]).collect()
     }
@@ -353,9 +357,6 @@ fn luks(header: &LuksInfo, version: QemuVersion, inside: bool) -> Vec<(&'static 
     // A key for XTS is two keys.
     let key_bytes = if mode == "xts" { header.key_bytes / 2 } else { header.key_bytes };
     let mut members = vec![("ivgen-alg", Node::text(ivgen))];
-    if let Some(hash) = ivgen_hash {
-        members.push(("ivgen-hash-alg", Node::text(hash)));
-    }
     let slots = header.slots.iter().map(|slot| {
         let mut members = vec![("active", Node::Bool(slot.active))];
         if slot.active {
@@ -368,13 +369,17 @@ fn luks(header: &LuksInfo, version: QemuVersion, inside: bool) -> Vec<(&'static 
         Node::Dict(members)
     });
     if version.shows_detached_header() {
-        members.push(("detached-header", Node::Bool(false)));
+        members.push(("detached-header", Node::Bool(header.header_device.is_some())));
     }
     members.extend([
         ("hash-alg", Node::text(text(&header.hash))),
         ("cipher-alg", Node::text(format!("{}-{}", text(&header.cipher_name), u64::from(key_bytes) * 8))),
         ("uuid", Node::bytes(&header.uuid)),
     ]);
+    // QEMU's hash of the names decides about the order.
+    if let Some(hash) = ivgen_hash {
+        members.push(("ivgen-hash-alg", Node::text(hash)));
+    }
     if inside {
         members.push(("format", Node::text("luks")));
     }
@@ -466,6 +471,8 @@ mod tests {
             !human::tree(&luks(&header("xts-plain64", 64), QemuVersion::parse("8.2").unwrap(), true), 0)
                 .contains("detached")
         );
-        assert!(text.contains("ivgen alg: essiv\nivgen hash alg: sha256\n") && text.contains("cipher alg: aes-256\n"));
+        assert!(
+            text.contains("uuid: \nivgen hash alg: sha256\nformat: luks\n") && text.contains("cipher alg: aes-256\n")
+        );
     }
 }

@@ -2,6 +2,7 @@
 
 use alloc::boxed::Box;
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 
 use instar_blockio::{
     BlockMap, BlockRead, BlockWrite, Error, ErrorKind, Extent, ExtentKind, FileId, Layer, Result as BlockResult,
@@ -15,6 +16,7 @@ use instar_luks::{self as luks, CipherMode, CipherSpec, CreateOptions, Fresh, Ha
 
 use super::target::{TargetDisk, TargetFile, granted_target_file, open_target_file};
 use super::{FlatImage, OpenImage, TargetImage};
+use crate::chain::request_file;
 use crate::ops::failure::{about, block, failure};
 use crate::platform::{File, Platform};
 
@@ -24,16 +26,40 @@ const SECTOR: u64 = 512;
 struct Luks<P> {
     file: File<P>,
     id: FileId,
+    /// Where the header lies, if that is not `file`.
+    header: Option<(File<P>, FileId)>,
     volume: Volume,
     payload: Payload,
     size: u64,
     cipher: Option<Arc<dyn SectorCipher>>,
 }
 
-/// Opens a volume, without its key.
-pub(super) fn open<P: Platform>(file: File<P>, id: FileId) -> Result<Box<dyn OpenImage<P>>, Failure> {
+/// Opens a volume whose header lies in a file of its own.
+pub(super) fn open_detached<P: Platform>(platform: &P, device: u32) -> Result<Box<dyn OpenImage<P>>, Failure> {
+    let file = platform.file(device).ok_or_else(|| about(Step::Open, FileId(device), Cause::BadRequest))?;
+    open(file, FileId(device), Some(request_header(platform, FileId(device), false)?))
+}
+
+/// The file that the user named as that of the header.
+pub(super) fn request_header<P: Platform>(
+    platform: &P,
+    id: FileId,
+    writable: bool,
+) -> Result<(File<P>, FileId), Failure> {
+    let header = request_file(platform, id, FileRole::LuksHeader, Vec::new(), Format::Raw, writable)?;
+    let file = platform.file(header.0).ok_or_else(|| about(Step::Open, header, Cause::BadRequest))?;
+    Ok((file, header))
+}
+
+/// Opens a volume, without its key. `header`: where it lies, if not in `file`.
+pub(super) fn open<P: Platform>(
+    file: File<P>,
+    id: FileId,
+    header: Option<(File<P>, FileId)>,
+) -> Result<Box<dyn OpenImage<P>>, Failure> {
     let failed = |error| luks_failure(Step::Open, id, &[], error);
-    let volume = Volume::read(&file, 0, false).map_err(|error| volume_failure(&file, id, 0, error))?;
+    let holder = header.as_ref().map_or(&file, |(file, _)| file);
+    let volume = Volume::read(holder, 0, header.is_some()).map_err(|error| volume_failure(holder, id, 0, error))?;
     let payload = volume.payload().map_err(failed)?;
     let past_end = || fault(Step::Open, id, LuksFault::PayloadPastEnd, 0, &[]);
     let left = file.size().checked_sub(payload.offset).ok_or_else(past_end)?;
@@ -47,7 +73,7 @@ pub(super) fn open<P: Platform>(file: File<P>, id: FileId) -> Result<Box<dyn Ope
         None => left,
     };
     let size = size - size % SECTOR;
-    Ok(Box::new(Luks { file, id, volume, payload, size, cipher: None }))
+    Ok(Box::new(Luks { file, id, header, volume, payload, size, cipher: None }))
 }
 
 impl<P: Platform> OpenImage<P> for Luks<P> {
@@ -56,7 +82,8 @@ impl<P: Platform> OpenImage<P> for Luks<P> {
     }
 
     fn unlock(&mut self, platform: &P, key: &Key) -> Result<(), Failure> {
-        let cipher = unlock(&self.volume, &self.file, self.id, 0, key)?;
+        let holder = self.header.as_ref().map_or(&self.file, |(file, _)| file);
+        let cipher = unlock(&self.volume, holder, self.id, 0, key)?;
         if let Some(state) = platform.files().get(self.id) {
             state.set_cipher(cipher.clone());
         }
@@ -78,7 +105,8 @@ impl<P: Platform> OpenImage<P> for Luks<P> {
     fn describe(&self, _: &P, info: &mut ImageInfo) -> Result<(), Failure> {
         info.virtual_size = self.size;
         info.encrypted = true;
-        info.luks = Some(luks_info(&self.volume));
+        let header_device = self.header.as_ref().map(|(_, id)| id.0);
+        info.luks = Some(wire::LuksInfo { header_device, ..luks_info(&self.volume) });
         Ok(())
     }
 
@@ -168,6 +196,7 @@ pub(super) fn luks_info(volume: &Volume) -> wire::LuksInfo {
                     stripes: slot.stripes,
                 })
                 .collect(),
+            header_device: None,
         },
         Volume::V2(header) => {
             let text = header.metadata().encryption();
@@ -317,11 +346,16 @@ pub(super) fn open_target<P: Platform>(platform: &P, target: &Target, size: u64)
     let opened = open_target_file(platform, FileRole::Target, size)?;
     let id = opened.id;
     let to_target = |failure: Failure| Failure { step: Step::OpenTarget.into(), ..failure };
+    let header = match target.detached_header {
+        true => Some(request_header(platform, id, false).map_err(to_target)?.0),
+        false => None,
+    };
+    let holder = header.as_ref().unwrap_or(&opened.file);
     let volume =
-        Volume::read(&opened.file, 0, false).map_err(|error| to_target(volume_failure(&opened.file, id, 0, error)))?;
+        Volume::read(holder, 0, header.is_some()).map_err(|error| to_target(volume_failure(holder, id, 0, error)))?;
     let key = target.key.as_ref();
     let locked = || Failure { format: Format::Luks.into(), ..about(Step::OpenTarget, id, Cause::Encrypted) };
-    let cipher = unlock(&volume, &opened.file, id, 0, key.ok_or_else(locked)?).map_err(to_target)?;
+    let cipher = unlock(&volume, holder, id, 0, key.ok_or_else(locked)?).map_err(to_target)?;
     let payload = volume.payload().map_err(|error| luks_failure(Step::OpenTarget, id, &[], error))?;
     // Version 2 is only read.
     if matches!(volume, Volume::V2(_)) {

@@ -14,7 +14,7 @@ use instar_blockio::{BlockRead, BlockWrite, FileId};
 use instar_guest_protocol::message::{AmendRefusal, Cause, Failure, Format, Key, KeyChange, Source, Step};
 use instar_luks::{self as luks, Header, Limits, MasterKey, Patch, Random, SLOT_COUNT, Volume};
 
-use super::luks::{limits, luks_failure, volume_failure};
+use super::luks::{limits, luks_failure, request_header, volume_failure};
 use super::target::TargetDisk;
 use crate::ops::failure::{block, failure};
 use crate::platform::Platform;
@@ -35,9 +35,13 @@ pub(crate) fn change_keys<P: Platform>(
     let bad = || failure(Step::Edit, Cause::BadRequest);
     let (change, key) = change.zip(source.key.as_ref()).ok_or_else(bad)?;
     let id = FileId(source.device);
-    let file = platform.file(source.device).ok_or_else(bad)?;
+    let file = match source.detached_header {
+        true => request_header(platform, id, true)?.0,
+        false => platform.file(source.device).ok_or_else(bad)?,
+    };
     let at = area.start;
-    let read = Volume::read(&file, at, at != 0).map_err(|error| volume_failure(&file, id, at, error));
+    let read = Volume::read(&file, at, at != 0 || source.detached_header)
+        .map_err(|error| volume_failure(&file, id, at, error));
     let Volume::V1(header) = read? else {
         // Version 2 is only read.
         return Err(luks_failure(Step::Edit, id, &[], luks::Error::Unsupported));
@@ -182,5 +186,105 @@ impl<D: BlockRead + BlockWrite> Slots<D> {
         };
         let done = self.disk.write_at(place, bytes).and_then(|()| self.disk.flush());
         done.map_err(|error| block(Step::Edit, Some(self.id), place, error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use alloc::vec::Vec;
+
+    use instar_blockio::MemBlock;
+    use instar_blockio::test::CrashLog;
+    use instar_luks::{CipherMode, CipherSpec, CreateOptions, Hash, create};
+
+    use super::*;
+
+    const AREA: Range<u64> = 0..1 << 20;
+    const LIMITS: Limits = Limits { iterations: 1000, memory: 0 };
+
+    /// A volume that `old` opens by slot 0.
+    fn volume() -> MemBlock {
+        let cipher = CipherSpec::named(b"aes", CipherMode::split(b"cbc-plain64"), 16).unwrap();
+        let options = CreateOptions {
+            cipher,
+            iv_hash: None,
+            hash: Hash::Sha1,
+            slot_iterations: 1,
+            digest_iterations: 1,
+            detached: false,
+        };
+        let fresh = create(&options, b"old", &mut Random::new(&[3; Random::SEED])).unwrap();
+        let mut bytes = alloc::vec![0; AREA.end as usize];
+        bytes[..luks::HEADER_LEN].copy_from_slice(&fresh.header.to_bytes());
+        bytes[fresh.material.offset as usize..][..fresh.material.bytes.len()].copy_from_slice(&fresh.material.bytes);
+        MemBlock::from(bytes)
+    }
+
+    fn header(disk: &MemBlock) -> Header {
+        match Volume::read(disk, 0, false) {
+            Ok(Volume::V1(header)) => *header,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn opens(disk: &MemBlock, passphrase: &[u8]) -> bool {
+        // Contents, too, are decrypted alike: the digest in the header is that of the one master key.
+        header(disk).unlock(disk, 0, passphrase, &LIMITS).is_ok()
+    }
+
+    fn key(passphrase: &[u8]) -> Key {
+        Key { passphrase: passphrase.to_vec(), ..Key::default() }
+    }
+
+    /// Changes slots; what is on the disk then, and in all states in which a crash could have left it.
+    fn change(disk: MemBlock, change: &KeyChange, by: &[u8]) -> (MemBlock, Vec<MemBlock>) {
+        let (log, trace) = CrashLog::new(disk.clone());
+        let (id, random) = (FileId(0), Random::new(&[5; Random::SEED]));
+        let (header, force) = (header(&disk), change.force);
+        let mut slots = Slots { disk: log, id, area: AREA, header, random, limits: LIMITS, force };
+        match change.activate {
+            true => slots.activate(change, &key(by)),
+            false => slots.erase(change),
+        }
+        .unwrap();
+        let states: Vec<_> = trace.states(7, 6).map(|state| state.disk).collect();
+        (trace.states(7, 0).last().unwrap().disk, states)
+    }
+
+    fn activation(slot: Option<u32>, new: &[u8], force: bool) -> KeyChange {
+        let new_passphrase = new.to_vec();
+        KeyChange { activate: true, slot, new_passphrase, iterations: 1, force, ..KeyChange::default() }
+    }
+
+    #[test]
+    fn a_crash_leaves_a_passphrase_that_opens() {
+        // Made in a free slot.
+        let (two, states) = change(volume(), &activation(None, b"new", false), b"old");
+        assert!(opens(&two, b"old") && opens(&two, b"new"));
+        assert!(states.iter().all(|state| opens(state, b"old")));
+        // The old one erased, by passphrase and by number.
+        let by_old = KeyChange { old_passphrase: Some(b"old".to_vec()), ..KeyChange::default() };
+        let by_number = KeyChange { slot: Some(0), ..KeyChange::default() };
+        for erasure in [by_old, by_number] {
+            let (one, states) = change(two.clone(), &erasure, b"new");
+            assert!(opens(&one, b"new") && !opens(&one, b"old"));
+            assert!(states.iter().all(|state| opens(state, b"new")));
+        }
+        // The only slot made anew in its place.
+        let (anew, states) = change(volume(), &activation(Some(0), b"new", true), b"old");
+        assert!(opens(&anew, b"new") && !opens(&anew, b"old"));
+        assert_eq!(header(&anew).slots().iter().filter(|slot| slot.active).count(), 1);
+        assert!(states.iter().all(|state| opens(state, b"old") || opens(state, b"new")));
+        assert!(states.iter().any(|state| !opens(state, b"new")));
+    }
+
+    #[test]
+    fn erased_material_is_overwritten() {
+        let (two, _) = change(volume(), &activation(None, b"new", false), b"old");
+        let place = header(&two).slots()[0].key_offset as usize;
+        let (one, _) = change(two.clone(), &KeyChange { slot: Some(0), ..KeyChange::default() }, b"new");
+        let material = |disk: &MemBlock| disk.as_bytes()[place..place + 16 * 4000].to_vec();
+        let same = material(&one).iter().zip(material(&two)).filter(|(a, b)| **a == *b).count();
+        assert!(same < 1000, "{same} bytes of 64000 are as before");
     }
 }

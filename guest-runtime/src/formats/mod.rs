@@ -284,7 +284,10 @@ pub fn open_named<P: Platform>(platform: &P, source: &Source) -> Result<Box<dyn 
         }
     }
     let format = format_by_name(platform, source.device, source.format(), source.named_dmg)?;
-    let mut image = open_image(platform, source.device, format, source.strict, source.vhd_size())?;
+    let mut image = match source.detached_header {
+        true => luks::open_detached(platform, source.device)?,
+        false => open_image(platform, source.device, format, source.strict, source.vhd_size())?,
+    };
     if source.data_file_named && image.as_qcow2().is_some_and(|image| !image.needs_data_file()) {
         let id = FileId(source.device);
         let field = Field::DataFileUnexpected as u64;
@@ -348,7 +351,7 @@ pub fn open_image<P: Platform>(
         Format::Vhdx => vhdx::open(file, id),
         Format::Vmdk => vmdk::open(platform, file, id, strict),
         Format::Vpc => vhd::open(platform, file, id, size_rule),
-        Format::Luks => luks::open(file, id),
+        Format::Luks => luks::open(file, id, None),
         other => Err(Failure { format: other.into(), ..about(Step::Open, id, Cause::FormatNotSupported) }),
     }
 }

@@ -27,6 +27,9 @@ pub fn run<P: Platform>(platform: &P, request: &AmendRequest) -> Result<EditRepl
         },
         Editable::Other(Format::Luks) => {
             if let Some(options) = &request.options {
+                if request.progress {
+                    platform.call(&Call { kind: Some(call::Kind::Progress(Progress { done: 0, total: 1 })) });
+                }
                 change_keys(platform, &request.image, options.keys.as_ref(), 0..u64::MAX)?;
             }
             Ok(EditReply { format: Format::Luks.into(), ..EditReply::default() })

@@ -32,7 +32,7 @@ pub fn run<P: Platform>(platform: &P, request: &BenchRequest) -> Result<EditRepl
         }
         Some(_) => {
             image.open_parts(platform)?;
-            let below = open_below(platform, request.image.device, &*image, Opening::of(&request.image, true))?;
+            let below = open_below(platform, request.image.device, &*image, &Opening::of(&request.image, true))?;
             drop(image);
             Disk::Write(open_in_place(platform, request.image.device, format, &request.seed, request.flush)?, below)
         }

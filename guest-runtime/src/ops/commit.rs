@@ -39,7 +39,7 @@ pub fn run<P: Platform>(platform: &P, request: &CommitRequest) -> Result<EditRep
         // Can it be emptied afterwards?
         drop(open_metadata_in_place(platform, device, request.flush)?);
     }
-    let Chain { layers, base } = Chain::open(platform, device, top, Opening::of(&request.image, true))?;
+    let Chain { layers, base } = Chain::open(platform, device, top, &Opening::of(&request.image, true))?;
     let source: Box<dyn Layer> = Box::new(Overlay::new(layers));
     let (target, under) = base.prepare(platform, &*source, &request.seed, request.flush).map_err(of_format)?;
     let pace = Pace { threads: request.threads, progress: request.progress, rate_limit: request.rate_limit };
@@ -79,7 +79,7 @@ struct Base<P: Platform> {
 }
 
 impl<P: Platform> Chain<P> {
-    fn open(platform: &P, top: u32, image: Box<dyn OpenImage<P>>, how: Opening) -> Result<Self, Failure> {
+    fn open(platform: &P, top: u32, image: Box<dyn OpenImage<P>>, how: &Opening<'_>) -> Result<Self, Failure> {
         let missing = |cause| Failure { format: image.format().into(), ..about(Step::Edit, FileId(top), cause) };
         let (none, not_found) = (missing(Cause::NoBacking), missing(Cause::BaseNotFound));
         let (mut device, mut image) = (top, image);
@@ -90,6 +90,7 @@ impl<P: Platform> Chain<P> {
                 if recorded == Format::Unknown && !how.follow_probed && !opened.references().is_empty() {
                     return Err(about(Step::Open, FileId(base), Cause::BackingFormatNeeded));
                 }
+                how.unlock_next(platform, &mut *opened)?;
                 opened.open_parts(platform)?;
                 image.check_backing(&*opened)?;
                 layers.push(image.into_layer());

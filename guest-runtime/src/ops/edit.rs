@@ -77,10 +77,10 @@ fn open_qcow2<P: Platform>(
 /// Opens what lies below an image, all the way down, and forgets it.
 pub(super) fn open_chain<P: Platform>(platform: &P, source: &Source, image: &dyn OpenImage<P>) -> Result<(), Failure> {
     let how = Opening::of(source, true);
-    let mut below = open_backing(platform, source.device, image, how)?;
+    let mut below = open_backing(platform, source.device, image, &how)?;
     for _ in 1..MAX_CHAIN_DEPTH {
         let Some((device, image)) = below else { return Ok(()) };
-        below = open_backing(platform, device, &*image, how)?;
+        below = open_backing(platform, device, &*image, &how)?;
     }
     match below {
         Some((device, _)) => Err(too_deep(device)),

@@ -23,7 +23,7 @@ pub fn run<P: Platform>(platform: &P, request: &InfoRequest) -> Result<InfoReply
     loop {
         images.push(describe(platform, device, &*image, request.safety)?);
         let below = match request.chain {
-            true => open_backing(platform, device, &*image, how)?,
+            true => open_backing(platform, device, &*image, &how)?,
             false => None,
         };
         match below {

@@ -77,7 +77,7 @@ struct Backings {
 
 impl Backings {
     fn open<P: Platform>(platform: &P, request: &RebaseRequest, image: &dyn OpenImage<P>) -> Result<Self, Failure> {
-        let old = open_below(platform, request.image.device, image, Opening::of(&request.image, true))?;
+        let old = open_below(platform, request.image.device, image, &Opening::of(&request.image, true))?;
         if request.name.is_empty() {
             return Ok(Self { old, new: None });
         }

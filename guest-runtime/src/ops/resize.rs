@@ -25,7 +25,7 @@ pub fn run<P: Platform>(platform: &P, request: &ResizeRequest) -> Result<EditRep
     let mut image = open_named(platform, &request.image)?;
     let format = image.format();
     image.open_parts(platform)?;
-    let below = open_below(platform, device, &*image, Opening::of(&request.image, true))?;
+    let below = open_below(platform, device, &*image, &Opening::of(&request.image, true))?;
     let of_format = |failure: Failure| Failure { format: format.into(), ..failure };
     let writer = match image.as_qcow2().is_some() {
         true => Some(open_in_place(platform, device, format, &[], true)?),
