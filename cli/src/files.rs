@@ -317,7 +317,7 @@ impl Files {
         named.granted = Some(granted);
         file.stat.len = granted.len;
         let origin = Origin::Data(wanted.referrer);
-        let record = Record { name, file, origin, home, depth, lock_problem: None, data_file: None };
+        let record = Record { name, file, origin, home, depth, lock_problem: None, data_file: None, header: None };
         self.records.insert(granted.device, record);
         Ok(Some(granted))
     }

@@ -40,6 +40,7 @@ const TRANSCRIPT: &[&str] = &[
     "info v",
     "amend --force --image-opts @V -o state=active,new-secret=n,keyslot=0,iter-time=1",
     "map --image-opts @V",
+    "info --image-opts driver=luks,file.filename=v,encrypt.key-secret=s",
     // What can't be had.
     "create -f luks v 1M",
     "create -f luks -o key-secret=x v 1M",
@@ -52,7 +53,6 @@ const TRANSCRIPT: &[&str] = &[
     "info --object secret,id=s,data=again v",
     "info --object secret,id=8,data=x v",
     "info --object help",
-    "info --image-opts driver=luks,file.filename=v,encrypt.key-secret=s",
     // A header of its own, made by instar in both cases.
     "info --image-opts @D",
     "info --output=json --image-opts @D",
