@@ -126,6 +126,7 @@ fn target() -> m::Target {
         }),
         vhd: Some(m::VhdOptions { fixed: true, force_size: true, timestamp: 7 }),
         data_file_named: true,
+        detached_header: true,
     }
 }
 
