@@ -7,6 +7,7 @@
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 use core::fmt;
+use core::ops::Range;
 
 use instar_blockio::{BlockWrite, ErrorKind};
 use zerocopy::IntoBytes;
@@ -320,6 +321,16 @@ impl<D: BlockWrite> Writer<D> {
         Ok(())
     }
 
+    /// Sets the bits of a range of the disk in all bitmaps that record.
+    pub(crate) fn mark(&self, bitmaps: &mut Bitmaps, range: &Range<u64>) -> Result<()> {
+        let records = |bitmap: &&mut Bitmap| bitmap.flags.contains(BitmapFlags::AUTO) && !bitmap.is_inconsistent();
+        for bitmap in bitmaps.list.iter_mut().filter(records) {
+            let end = range.end.min(self.header.virtual_size).div_ceil(1 << bitmap.granularity_bits);
+            self.set_bits(bitmap, range.start >> bitmap.granularity_bits, end)?;
+        }
+        Ok(())
+    }
+
     fn set_bits(&self, bitmap: &mut Bitmap, first: u64, end: u64) -> Result<()> {
         let per_cluster = self.header.geometry.cluster_size() * 8;
         let mut bit = first;
@@ -381,6 +392,8 @@ impl<D: BlockWrite> Writer<D> {
     /// # Errors
     /// What the file reports.
     pub fn store_bitmaps(&mut self, bitmaps: &mut Bitmaps) -> Result<()> {
+        // Who has loaded them answers for them.
+        self.record = None;
         let mut old = Vec::new();
         if bitmaps.list.iter().all(Bitmap::is_inconsistent) {
             return match self.extensions.bitmaps == bitmaps.directory {

@@ -95,6 +95,7 @@ mod map;
 mod open;
 mod pages;
 mod read;
+mod record;
 mod refcount;
 mod refcount_width;
 mod reserve;

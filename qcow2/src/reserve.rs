@@ -410,6 +410,7 @@ impl<D: BlockWrite> BlockAlloc for Writer<D> {
 
     fn commit(&mut self, done: Reservation) -> Result<()> {
         self.take_open(&done)?;
+        self.note_written(done.offset, done.len);
         if done.compressed {
             let table = self.own_table(done.offset)?;
             let old = self.entry_in(table, done.offset)?;

@@ -32,6 +32,7 @@ use crate::format::{HEADER_LEN, MAX_L1_BYTES, RawHeader};
 use crate::header::{Autoclear, CompressionType, EncryptionMethod, Header, Incompatible};
 use crate::l1::L1Entry;
 use crate::l2::{L2Entry, L2Format, SubclusterState, Subclusters};
+use crate::record::Record;
 use crate::reserve::Reserved;
 use crate::store::{Store, zeroed};
 
@@ -63,6 +64,7 @@ pub struct Writer<D> {
     pub(crate) alloc: Allocator,
     pub(crate) reserved: Reserved,
     pub(crate) new_bitmaps: NewBitmaps,
+    pub(crate) record: Option<Record>,
     pub(crate) cipher: Option<ContentsCipher>,
     pub(crate) l1: Vec<u64>,
     l1_dirty: Option<Range<usize>>,
@@ -82,8 +84,8 @@ pub(crate) fn corrupt(offset: u64, cause: Corruption) -> Error {
 impl<D: BlockWrite> Writer<D> {
     /// Opens an existing image for writing. `data` is its external data file, if it has one.
     ///
-    /// Bitmaps that the image has become invalid with the first change, as its specification wants of a program that
-    /// does not track changes in them.
+    /// Bitmaps that the image has become invalid with the first change. [`finish`](Self::finish) makes them valid again: those that are
+    /// enabled then tell of what was written, too.
     ///
     /// # Errors
     /// A header that can't be read; an image that is marked corrupt or not cleanly closed, or that is encrypted; a
@@ -160,6 +162,7 @@ impl<D: BlockWrite> Writer<D> {
             alloc,
             reserved: Reserved::default(),
             new_bitmaps: NewBitmaps::default(),
+            record: None,
             cipher: None,
             l1: Vec::new(),
             l1_dirty: None,
@@ -196,6 +199,7 @@ impl<D: BlockWrite> Writer<D> {
         if self.state == State::Live && !self.changed {
             let kept = self.header.autoclear & Autoclear::DATA_FILE_RAW;
             if self.header.version >= 3 && kept != self.header.autoclear {
+                self.start_record();
                 self.main.write(AUTOCLEAR_FIELD, &kept.bits().to_be_bytes())?;
                 self.main.flush()?;
                 self.header.autoclear = kept;
@@ -499,6 +503,7 @@ impl<D: BlockWrite> Writer<D> {
             return Err(Error::new(ErrorKind::InvalidInput).into());
         }
         if self.state == State::Live {
+            self.finish_record()?;
             return Ok(self.flush()?);
         }
         self.store_bitmap_directory()?;
@@ -692,6 +697,7 @@ impl<D: BlockWrite> BlockWrite for Writer<D> {
     fn write_zeroes(&mut self, offset: u64, len: u64, mode: ZeroMode) -> blockio::Result<()> {
         self.check_unreserved(offset, len)?;
         self.begin()?;
+        self.note_written(offset, len);
         self.zero(offset, len, mode)?;
         self.settle_freed()
     }
@@ -700,6 +706,7 @@ impl<D: BlockWrite> BlockWrite for Writer<D> {
     fn discard(&mut self, offset: u64, len: u64) -> blockio::Result<()> {
         self.check_unreserved(offset, len)?;
         self.begin()?;
+        self.note_written(offset, len);
         self.discard_clusters(offset, len)?;
         self.settle_freed()
     }

@@ -7,7 +7,7 @@ use std::fs;
 use std::path::Path;
 
 use common::{Random, have_qemu, must, run};
-use instar_blockio::{BlockRead, FileId, MemBlock};
+use instar_blockio::{BlockRead, BlockWrite, FileId, MemBlock, ZeroMode};
 use instar_qcow2::{AmendOptions, Bitmaps, Error, Image, NewSnapshot, OpenOptions, SnapshotSelector, Writer};
 
 type Change = Box<dyn FnOnce(&mut Writer<&mut MemBlock>, &mut Bitmaps) -> Result<(), Error>>;
@@ -270,4 +270,33 @@ fn sizes() {
             assert!(compare(dir, &format!("{size} of {sizes:?}")));
         }
     }
+}
+
+/// Bitmaps record what is written between opening and closing, as those of qemu-io do; disabled ones don't.
+#[test]
+fn bitmaps_record_writes() {
+    if !have_qemu() {
+        return;
+    }
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path();
+    must(dir, "qemu-img", &["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", "ours", "2M"]);
+    must(dir, "qemu-img", &["bitmap", "--add", "ours", "fine", "-g", "512"]);
+    must(dir, "qemu-img", &["bitmap", "--add", "ours", "coarse", "-g", "64k"]);
+    must(dir, "qemu-img", &["bitmap", "--add", "--disable", "ours", "off"]);
+    must(dir, "qemu-io", &["-f", "qcow2", "-c", "write -P 1 0 4k", "ours"]);
+    fs::copy(dir.join("ours"), dir.join("theirs")).unwrap();
+    let writes = ["write -P 7 98304 300k", "write -z 1M 64k", "write -P 8 2093056 4k"];
+    writes.iter().for_each(|text| must(dir, "qemu-io", &["-f", "qcow2", "-c", text, "theirs"]));
+    let mut file = MemBlock::from(fs::read(dir.join("ours")).unwrap());
+    let mut writer = Writer::open(&mut file, FileId(0), None).unwrap();
+    writer.write_at(98304, &vec![7; 300 << 10]).unwrap();
+    writer.write_zeroes(1 << 20, 64 << 10, ZeroMode::Unmap).unwrap();
+    writer.write_at(2_093_056, &[8; 4096]).unwrap();
+    writer.finish().unwrap();
+    fs::write(dir.join("ours"), file.as_bytes()).unwrap();
+    let (ours, theirs) = (open(fs::read(dir.join("ours")).unwrap()), open(fs::read(dir.join("theirs")).unwrap()));
+    assert_eq!(bitmaps(&ours).len(), 3);
+    assert!(bitmaps(&ours) == bitmaps(&theirs) && contents(&ours) == contents(&theirs));
+    must(dir, "qemu-img", &["check", "-q", "ours"]);
 }
