@@ -36,18 +36,18 @@ impl<D: BlockWrite> Writer<D> {
 
     /// Zeroes in a part of a unit.
     fn zero_part(&mut self, offset: u64, len: u64) -> Result<()> {
-        if len == 0 || self.reads_as_zero(offset)? {
+        if len == 0 {
             return Ok(());
         }
-        self.write_zero_bytes(offset, len)
-    }
-
-    fn reads_as_zero(&self, offset: u64) -> Result<bool> {
-        Ok(match self.state_at(offset)? {
-            SubclusterState::Zero => true,
-            SubclusterState::Unallocated => !self.has_backing(),
-            SubclusterState::Allocated => false,
-        })
+        match self.state_at(offset)? {
+            SubclusterState::Zero => Ok(()),
+            // As QEMU does, all of it is marked.
+            SubclusterState::Unallocated if !self.has_backing() => {
+                let (unit, start) = (self.alloc_unit(), offset - offset % self.alloc_unit());
+                self.zero_units(start, start.saturating_add(unit).min(self.size()), ZeroMode::KeepAllocated)
+            }
+            _ => self.write_zero_bytes(offset, len),
+        }
     }
 
     /// An external data file that is a raw image itself must hold the zeroes.

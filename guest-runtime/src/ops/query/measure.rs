@@ -1,7 +1,7 @@
 //! `measure`: how much of a disk has to be stored, for the host to reckon with.
 
 use instar_blockio::FileId;
-use instar_guest_protocol::message::{Failure, MeasureReply, MeasureRequest, Step};
+use instar_guest_protocol::message::{Failure, Format, MeasureReply, MeasureRequest, Step};
 
 use super::status::Disk;
 use crate::formats::{bitmap_info, open_named, qcow2_failure};
@@ -20,7 +20,9 @@ pub fn run<P: Platform>(platform: &P, request: &MeasureRequest) -> Result<Measur
         Some(image) => image.bitmaps().map_err(|error| qcow2_failure(Step::Open, id, error))?,
         None => alloc::vec::Vec::new(),
     };
-    let has_bitmaps = image.as_qcow2().is_some_and(|image| image.header().version >= 3);
+    // QEMU counts those of Parallels among the formats with bitmaps.
+    let has_bitmaps =
+        image.format() == Format::Parallels || image.as_qcow2().is_some_and(|image| image.header().version >= 3);
     let disk = Disk::open(platform, source, None)?;
     let (size, cluster) = (disk.size(), request.cluster_size.max(512));
     let (mut at, mut required) = (0u64, 0u64);

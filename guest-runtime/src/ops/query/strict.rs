@@ -1,15 +1,13 @@
 //! `compare -s`: where do two disks of one size first differ in what is allocated?
 //!
-//! qemu-img asks both for their block status, goes on by the shorter answer, and by no more than a buffer where it compares contents. What
-//! counts as a difference depends on that: an answer that reaches the end of the disk is another than one that does not.
+//! qemu-img asks both for their block status and goes on by the shorter answer. What counts as a difference depends on that: an answer that
+//! reaches the end of the disk is another than one that does not. Where contents are compared it goes by smaller steps, at which the
+//! answers are the same until the shorter one ends.
 
 use instar_blockio::Error;
 
 use super::status::{Answer, Disk};
 use crate::platform::Platform;
-
-/// Bytes that qemu-img compares at once.
-const BUFFER: u64 = 2 << 20;
 
 /// The offset at which qemu-img tells of a difference; or which disk can't be asked, where, and why.
 pub(super) fn first_difference<P: Platform>(disks: &[Disk<P>; 2]) -> Option<Result<u64, (usize, u64, Error)>> {
@@ -33,7 +31,7 @@ pub(super) fn first_difference<P: Platform>(disks: &[Disk<P>; 2]) -> Option<Resu
 fn next(at: u64, first: &Answer, second: &Answer, size: u64) -> u64 {
     let len = first.len.min(second.len).max(1);
     if !first.flags.zero {
-        return at + if first.flags.allocated { len.min(BUFFER) } else { len };
+        return at + len;
     }
     // Long runs of zeroes: all answers on the way are the same, and one ends at each multiple of the larger unit.
     let unit = first.unit.max(second.unit);
