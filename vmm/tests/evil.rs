@@ -123,7 +123,8 @@ fn processor_time_has_a_limit() {
         return;
     }
     let file = tempfile::tempfile().unwrap();
-    let limited = Settings { cpu_limit: Some(1), ..settings() };
+    // On a busy machine a second of processor time may take long.
+    let limited = Settings { cpu_limit: Some(1), stall: Duration::from_secs(300), ..settings() };
     // What looks like progress uses up the processor's time, too; and so does what does not.
     let tiny = Requests::new().add(header(RequestKind::Read, 0, 0, 0), &[]);
     for guest in [requests_for_ever(tiny, 1, None), Guest::new().hang()] {

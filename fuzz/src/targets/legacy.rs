@@ -122,11 +122,9 @@ pub fn cloop(data: &[u8]) {
     // Memory for blocks of up to 64 MiB takes far longer than anything that is done with it, so most inputs have smaller ones.
     let mut data = data.to_vec();
     if data.len() % 64 != 1
-        && let Some([high, next]) = data.get_mut(CLOOP_BLOCK..CLOOP_BLOCK + 2)
+        && let Some([high @ ..=4, next]) = data.get_mut(CLOOP_BLOCK..CLOOP_BLOCK + 2)
     {
-        if *high <= 4 {
-            (*high, *next) = (0, *next & 3);
-        }
+        (*high, *next) = (0, *next & 3);
     }
     let data = &data[..];
     read!(cloop, data);

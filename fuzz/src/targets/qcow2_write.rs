@@ -36,7 +36,7 @@ fn change(writer: &mut Writer<Disk>, offset: u64, size: u64) {
     let _ = writer.read_at(offset, &mut back[..len as usize / 2]);
     let _ = writer.discard(offset, len);
     if let Ok(reservation) = writer.reserve(offset, len) {
-        let _ = if len % 2 == 0 { writer.commit(reservation) } else { writer.abort(reservation) };
+        let _ = if len.is_multiple_of(2) { writer.commit(reservation) } else { writer.abort(reservation) };
     }
     let _ = writer.flush();
 }
