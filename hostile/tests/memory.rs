@@ -236,6 +236,6 @@ fn memory_follows_what_is_there_after_mutations() {
     }
     println!("{tried:?}");
     for format in ["qcow2", "vmdk", "vpc", "vhdx", "qcow", "qed", "vdi", "parallels", "dmg", "bochs", "cloop"] {
-        assert!(tried.get(format).is_some_and(|count| *count >= 16), "{format}: {tried:?}");
+        assert!(tried.get(format).is_some_and(|count| *count >= 7), "{format}: {tried:?}");
     }
 }
