@@ -56,12 +56,20 @@ impl<D: BlockWrite> Writer<D> {
     /// # Errors
     /// As [`Image::open`].
     pub fn open(file: D, id: FileId) -> Result<Self, Error> {
+        let mut writer = Self::open_to_check(file, id)?;
+        writer.recover()?;
+        Ok(writer)
+    }
+
+    /// The same without the repair, for those who want to tell of it.
+    ///
+    /// # Errors
+    /// As [`Image::open`].
+    pub fn open_to_check(file: D, id: FileId) -> Result<Self, Error> {
         let header = Header::read(&file)?;
         let store = Store::new(file, false);
         let mut layout = Layout::of(header);
         layout.find_end(&store)?;
-        let mut writer = Self::new(store, layout, id, false);
-        writer.recover()?;
-        Ok(writer)
+        Ok(Self::new(store, layout, id, false))
     }
 }

@@ -141,7 +141,7 @@ impl<P: Platform> Check<'_, P> {
                 image.map_err(failed)?.check(&mut found).map_err(failed)?
             }
             false => {
-                let mut writer = parallels::Writer::open(self.disk()?, self.id).map_err(failed)?;
+                let mut writer = parallels::Writer::open_to_check(self.disk()?, self.id).map_err(failed)?;
                 writer.check(repair, &mut found).map_err(failed)?
             }
         };
