@@ -85,7 +85,7 @@ const LINES: &[&str] = &[
     "qemu-img map --output=json e.qcow2",
     "qemu-img compare -s e.qcow2 a.raw",
     "qemu-img compare -s q.qcow2 o.qcow2",
-    "qemu-img commit o.qcow2; qemu-img map --output=json q.qcow2",
+    "qemu-img commit o.qcow2; qemu-img compare q.qcow2 o.qcow2",
     "qemu-img create -q -f qcow2 t.qcow2 2M; qemu-img convert -n -O qcow2 a.raw t.qcow2; qemu-img map --output=json t.qcow2",
     "qemu-img check p.parallels",
     "qemu-img check -r all p.parallels",
