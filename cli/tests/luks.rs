@@ -92,7 +92,10 @@ fn plain(bytes: &[u8]) -> String {
         let key = line.trim_start().trim_start_matches('"').split([':', '"']).next().unwrap_or_default();
         let measured =
             ["uuid", "iters", "master key iters", "master-key-iters", "disk size", "actual-size"].contains(&key);
-        lines.push(if measured { key } else { line });
+        // Where clusters lie in an image that was changed is nobody's promise.
+        let (allocated, fragmented) = line.split_once(", ").unwrap_or((line, ""));
+        let placeless = if fragmented.contains(" fragmented") { allocated } else { line };
+        lines.push(if measured || key == "Image end offset" { key } else { placeless });
     }
     lines.join("\n")
 }
@@ -181,7 +184,8 @@ fn qemu_img_and_cryptsetup_open_what_is_made() {
         let compare = with(&["compare", "--image-opts", VOLUME, "driver=raw,file.filename=data"]);
         expect_success(&qemu_img(dir, &compare), &what);
         expect_success(&instar(dir, &compare), &what);
-        if has_cryptsetup {
+        // It has no MD5.
+        if has_cryptsetup && !options.contains("hash-alg=md5") {
             let run = |args: &[&str]| Command::new("cryptsetup").current_dir(dir).args(args).output().unwrap();
             expect_success(&run(&["luksDump", "v"]), &what);
             // Opening goes through the kernel's ciphers, which may not be there: only a wrong passphrase (2) contradicts.
