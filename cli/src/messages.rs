@@ -171,6 +171,9 @@ pub fn warning(failure: &Failure) -> String {
         Cause::FooterCopyUsed => {
             "The footer at the beginning of the VHD image is damaged, the one at its end was used".to_owned()
         }
+        Cause::EndFooterLost => {
+            "The footer at the end of the VHD image is damaged or missing, the one at its beginning was used".to_owned()
+        }
         Cause::UnreadableChunks => legacy::unreadable_chunks(failure.value),
         Cause::BitmapInconsistent => format!("Skipping inconsistent bitmap '{}'", printable(&failure.text)),
         _ => format!("error while reading offset {}: {}", failure.value, io_reason(failure)),

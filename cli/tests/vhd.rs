@@ -51,6 +51,12 @@ fn images_are_checked_and_footers_repaired() {
         let found = check(&[]);
         assert_eq!(found.status.code(), Some(2), "{}", told(&found));
         assert!(told(&found).contains(what) && told(&found).contains("1 errors were found"), "{}", told(&found));
+        let read = instar(d, &["convert", "-f", "vpc", "-O", "raw", "a.vhd", "a.raw"]);
+        expect_success(&read, "an image with one good footer");
+        let warning = String::from_utf8_lossy(&read.stderr).to_lowercase();
+        assert!(warning.contains(what) && warning.contains("was used"), "{warning}");
+        let raw = fs::read(d.join("a.raw")).unwrap();
+        assert!(raw[..64 << 10] == [1; 64 << 10] && raw[9 << 20..12 << 20].iter().all(|byte| *byte == 2));
         let repaired = check(&["-r", "all"]);
         expect_success(&repaired, "the repair");
         assert!(told(&repaired).contains("1 corruptions"), "{}", told(&repaired));

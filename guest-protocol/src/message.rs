@@ -1501,6 +1501,8 @@ pub enum Cause {
     ParentMismatch = 90,
     /// The footer at the beginning of a VHD is damaged: the one at the end was used; a warning.
     FooterCopyUsed = 95,
+    /// The footer at the end of a VHD is damaged or missing: the one at the beginning serves; a warning.
+    EndFooterLost = 96,
     /// Disks of `format` keep their size.
     ResizeUnsupported = 120,
     /// The disk can't get the wanted size: `value` = [`ResizeRefusal`].

@@ -17,7 +17,7 @@
 //!
 //! # Supported
 //! Fixed, dynamic and differencing images, all block sizes, footers of 511 bytes, sizes by geometry or as recorded ([`SizeRule`]), and
-//! images of whose two footers only the one at the end is good ([`Image::is_copy_used`]).
+//! images of whose two footers only one is good ([`Image::is_copy_used`], [`Image::is_end_footer_lost`]).
 //!
 //! # Not supported
 //! Differencing images are read, not written. No other file is ever opened here: names of parents are handed to the caller

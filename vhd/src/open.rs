@@ -57,6 +57,8 @@ pub(crate) struct FoundFooter {
     pub kind: DiskType,
     /// The one at the beginning is damaged.
     pub copy_used: bool,
+    /// The one at the end is damaged or missing.
+    pub end_lost: bool,
 }
 
 /// Where the footer at the end begins. Old versions of Virtual PC wrote one byte less, which is as good as zero.
@@ -80,7 +82,8 @@ impl FoundFooter {
             let footer = Footer::parse(&front);
             let kind = kind_of(&footer).ok_or(Error::DiskType(footer.disk_type))?;
             if kind != DiskType::Fixed {
-                return Ok(Self { footer, kind, copy_used: false });
+                let end_lost = !is_good(&read_footer(file, end)?);
+                return Ok(Self { footer, kind, copy_used: false, end_lost });
             }
         }
         let back = read_footer(file, end)?;
@@ -89,7 +92,7 @@ impl FoundFooter {
             _ if !has_mark(&back) => Err(if has_mark(&front) { Error::Checksum } else { Error::NotVhd }),
             _ if !is_good(&back) => Err(Error::Checksum),
             None => Err(Error::DiskType(footer.disk_type)),
-            Some(kind) => Ok(Self { footer, kind, copy_used: kind != DiskType::Fixed }),
+            Some(kind) => Ok(Self { footer, kind, copy_used: kind != DiskType::Fixed, end_lost: false }),
         }
     }
 }
@@ -116,6 +119,7 @@ pub struct Image<D> {
     footer: Footer,
     kind: DiskType,
     copy_used: bool,
+    end_lost: bool,
     size: u64,
     /// `None`: the disk lies in one piece.
     pub(crate) header: Option<Header>,
@@ -128,7 +132,7 @@ impl<D: BlockRead> Image<D> {
     /// # Errors
     /// What contradicts the specification so that the disk can't be read, or the device's error.
     pub fn open(file: D, id: FileId, options: &OpenOptions) -> Result<Self> {
-        let FoundFooter { footer, kind, copy_used } = FoundFooter::find(&file)?;
+        let FoundFooter { footer, kind, copy_used, end_lost } = FoundFooter::find(&file)?;
         let size = sectors(&footer, options.size_rule)? * SECTOR;
         let header = match kind {
             DiskType::Fixed => None,
@@ -138,8 +142,8 @@ impl<D: BlockRead> Image<D> {
             Some(header) if kind == DiskType::Differencing => header.parent_names(&file)?,
             _ => Vec::new(),
         };
-        let image =
-            Self { pages: Pages::new(file, options.cache_bytes), id, footer, kind, copy_used, size, header, names };
+        let pages = Pages::new(file, options.cache_bytes);
+        let image = Self { pages, id, footer, kind, copy_used, end_lost, size, header, names };
         image.check_table(options.check_table)?;
         Ok(image)
     }
@@ -224,6 +228,11 @@ impl<D: BlockRead> Image<D> {
     /// The footer at the beginning of the file is damaged, so that the one at the end was used.
     pub fn is_copy_used(&self) -> bool {
         self.copy_used
+    }
+
+    /// The footer at the end of a dynamic or differencing image is damaged or missing; the one at the beginning serves.
+    pub fn is_end_footer_lost(&self) -> bool {
+        self.end_lost
     }
 
     /// What is not in a differencing image is with its parent.

@@ -695,8 +695,10 @@ impl Host for ConvertHost<'_> {
 
     fn warning(&mut self, warning: &Failure) {
         // Unreadable places are what `--salvage` is about; a bitmap that is left out is told in any case.
-        let always =
-            matches!(warning.cause(), Cause::BitmapInconsistent | Cause::UnreadableChunks | Cause::FooterCopyUsed);
+        let always = matches!(
+            warning.cause(),
+            Cause::BitmapInconsistent | Cause::UnreadableChunks | Cause::FooterCopyUsed | Cause::EndFooterLost
+        );
         if !self.quiet || always {
             self.program.warn(&messages::warning(warning));
         }

@@ -207,8 +207,11 @@ fn check(cipher: &str, word: &str, mode: &str, text: &str, key_bytes: u32) -> Re
     let spec = CipherSpec::named(cipher.as_bytes(), CipherMode::split(text.as_bytes()), key_bytes);
     Err(Problem::new(match spec {
         Ok(_) => return Ok(()),
+        // qemu-img sets the generator up before the cipher.
+        Err(Error::ModeNeedsWideBlocks | Error::EssivKeySize(_)) if cipher == "cast5" && text.contains("essiv") => {
+            format!("Cipher {word} not supported with essiv")
+        }
         Err(Error::ModeNeedsWideBlocks) => format!("Unsupported cipher mode {mode}"),
-        Err(Error::EssivKeySize(_)) if cipher == "cast5" => format!("Cipher {word} not supported with essiv"),
         Err(Error::EssivKeySize(len)) => {
             let name = match cipher {
                 "aes" => "AES",
@@ -296,6 +299,7 @@ mod tests {
         assert_eq!(error("aes", "xts-plain64", 64), Ok(()));
         assert_eq!(error("cast5", "xts-plain64", 32).unwrap_err(), "Unsupported cipher mode xts");
         assert_eq!(error("cast5", "cbc-essiv:sha256", 16).unwrap_err(), "Cipher cast5-128 not supported with essiv");
+        assert_eq!(error("cast5", "xts-essiv:sha256", 32).unwrap_err(), "Cipher cast5-128 not supported with essiv");
         assert_eq!(error("aes", "cbc-essiv:sha1", 16).unwrap_err(), "No AES cipher with key size 20 available");
     }
 

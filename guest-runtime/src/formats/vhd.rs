@@ -40,8 +40,13 @@ pub(super) fn open<P: Platform>(
     };
     let options = OpenOptions { size_rule, ..OpenOptions::default() };
     let image = vhd::Image::open(file, id, &options).map_err(|error| vhd_failure(Step::Open, id, error))?;
-    if image.is_copy_used() {
-        let warning = Failure { format: Format::Vpc.into(), ..about(Step::Open, id, Cause::FooterCopyUsed) };
+    let lost = match (image.is_copy_used(), image.is_end_footer_lost()) {
+        (true, _) => Some(Cause::FooterCopyUsed),
+        (false, true) => Some(Cause::EndFooterLost),
+        (false, false) => None,
+    };
+    if let Some(cause) = lost {
+        let warning = Failure { format: Format::Vpc.into(), ..about(Step::Open, id, cause) };
         platform.call(&Call { kind: Some(call::Kind::Warning(warning)) });
     }
     let mut names: Vec<Vec<u8>> = image.parent_names().iter().map(|name| name.clone().into_bytes()).collect();
