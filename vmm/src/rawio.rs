@@ -89,17 +89,24 @@ impl<'m> Buffers<'m> {
         }
     }
 
-    fn vectors(&self) -> Vec<libc::iovec> {
-        self.parts[self.first..]
-            .iter()
-            .map(|part| libc::iovec { iov_base: part.ptr_guard_mut().as_ptr().cast(), iov_len: part.len() })
-            .collect()
+    /// The next `limit` bytes, as the kernel wants to be told of them.
+    fn vectors(&self, mut limit: usize) -> Vec<libc::iovec> {
+        let mut vectors = Vec::new();
+        for part in &self.parts[self.first..] {
+            if limit == 0 {
+                break;
+            }
+            let len = part.len().min(limit);
+            vectors.push(libc::iovec { iov_base: part.ptr_guard_mut().as_ptr().cast(), iov_len: len });
+            limit -= len;
+        }
+        vectors
     }
 
     /// Fills the memory from `offset` of the file. A file that ends early is an error.
     pub fn read_from(&mut self, file: BorrowedFd<'_>, mut offset: u64) -> Result<(), Errno> {
         while !self.is_empty() {
-            let vectors = self.vectors();
+            let vectors = self.vectors(usize::MAX);
             let at = libc::off_t::try_from(offset).map_err(|_| Errno::OVERFLOW)?;
             // SAFETY: each vector is guest memory that lives as long as `self` ('m). Only the kernel writes it here, and no
             // reference to it exists anywhere: all other access is volatile. The count is at most the queue size.
@@ -113,10 +120,10 @@ impl<'m> Buffers<'m> {
         Ok(())
     }
 
-    /// Writes the memory to `offset` of the file.
-    pub fn write_to(&mut self, file: BorrowedFd<'_>, mut offset: u64) -> Result<(), Errno> {
-        while !self.is_empty() {
-            let vectors = self.vectors();
+    /// Writes the next `len` bytes of the memory to `offset` of the file.
+    pub fn write_to(&mut self, file: BorrowedFd<'_>, mut offset: u64, mut len: usize) -> Result<(), Errno> {
+        while len > 0 && !self.is_empty() {
+            let vectors = self.vectors(len);
             let at = libc::off_t::try_from(offset).map_err(|_| Errno::OVERFLOW)?;
             // SAFETY: as in `read_from`; the kernel only reads.
             let put = unsafe { libc::pwritev(file.as_raw_fd(), vectors.as_ptr(), vectors.len() as libc::c_int, at) };
@@ -124,7 +131,9 @@ impl<'m> Buffers<'m> {
             if count == Some(0) {
                 return Err(Errno::IO);
             }
-            offset += self.took(count);
+            let took = self.took(count);
+            offset += took;
+            len = len.saturating_sub(took as usize);
         }
         Ok(())
     }
@@ -211,7 +220,10 @@ mod tests {
         assert_eq!(memory.read::<u8>(HEAP + 20_998).unwrap(), contents[9_999]);
 
         let copy: File = tempfile::tempfile().unwrap();
-        all().write_to(copy.as_fd(), 7).unwrap();
+        let mut buffers = all();
+        buffers.write_to(copy.as_fd(), 7, 2500).unwrap();
+        buffers.write_to(copy.as_fd(), 2507, 7500).unwrap();
+        assert!(buffers.is_empty());
         let mut back = vec![0; 10_000];
         copy.read_exact_at(&mut back, 7).unwrap();
         assert_eq!(back, contents);

@@ -132,7 +132,7 @@ fn write(device: &Device, request: &mut Request<'_>) -> Result<u64, Fault> {
         return Err(Fault::Refused);
     }
     if len > 0 {
-        device.growing(offset + len, || request.data.write_to(device.file(), offset))?;
+        device.write_parts(offset, len as usize, |at, count| request.data.write_to(device.file(), at, count))?;
     }
     Ok(0)
 }

@@ -261,7 +261,9 @@ impl Plan<'_> {
         if let Some(nbd) = self.target.nbd() {
             return Ok(nbd.write(offset, chunk)?);
         }
-        self.target.growing(offset + chunk.len() as u64, || Ok(write_all(self.target.file(), chunk, offset)?))
+        self.target.write_parts(offset, chunk.len(), |at, count| {
+            Ok(write_all(self.target.file(), &chunk[(at - offset) as usize..][..count], at)?)
+        })
     }
 }
 

@@ -2,13 +2,14 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 use instar_guest_protocol::boot::{DeviceFlags, DeviceInfo};
 use rustix::fs::ftruncate;
 use rustix::io::{Errno, retry_on_intr};
 
 use super::nbd::{Nbd, NbdExport};
+use super::turns::Turns;
 use crate::stats::{DeviceCounters, DeviceTraffic};
 
 /// All granted files; the index is the device number.
@@ -56,9 +57,8 @@ pub struct Device {
     len: AtomicU64,
     /// Held exclusively while the length is set, shared while a write may extend the file.
     length_changes: RwLock<()>,
-    /// Held while bytes are written into a regular file. File systems let one writer in at a time, and who waits for its turn there keeps a
-    /// processor busy; here it sleeps.
-    writer: Mutex<()>,
+    /// Who writes bytes into it, if it is a regular file.
+    turns: Turns,
     /// What the file system turned out to be unable to do.
     pub lacks: Lacks,
     /// What was done with it.
@@ -105,7 +105,7 @@ impl Device {
             flags,
             len: AtomicU64::new(len),
             length_changes: RwLock::new(()),
-            writer: Mutex::new(()),
+            turns: Turns::default(),
             lacks,
             counters: DeviceCounters::default(),
         }
@@ -151,10 +151,28 @@ impl Device {
     /// Runs a write that ends at `end`, and takes note of the growth.
     pub fn growing<T, E>(&self, end: u64, write: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
         let _guard = self.extension(end);
-        let _turn = (!self.is_block_device()).then(|| self.writer.lock().unwrap_or_else(PoisonError::into_inner));
         let result = write()?;
         self.has_grown_to(end);
         Ok(result)
+    }
+
+    /// Writes `len` bytes at `offset`, in parts: `write` is given where each begins, and its length.
+    pub fn write_parts<E>(
+        &self,
+        offset: u64,
+        len: usize,
+        mut write: impl FnMut(u64, usize) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.growing(offset + len as u64, || {
+            if self.is_block_device() {
+                return write(offset, len);
+            }
+            let mut turn = self.turns.take();
+            let first = first_part(offset, len);
+            write(offset, first)?;
+            turn.is_nearly_over();
+            if first < len { write(offset + first as u64, len - first) } else { Ok(()) }
+        })
     }
 
     /// To be held while a write up to `end` goes on: keeps the length from being set meanwhile.
@@ -177,6 +195,14 @@ impl Device {
         self.len.store(len, Ordering::Release);
         Ok(())
     }
+}
+
+/// Three quarters of a long write, up to a page of the file; all of a short one.
+fn first_part(offset: u64, len: usize) -> usize {
+    const LONG: usize = 256 << 10;
+    const PAGE: u64 = 4096;
+    let odd = ((offset + (len - len / 4) as u64) % PAGE) as usize;
+    if len >= LONG { len - len / 4 - odd } else { len }
 }
 
 impl Lacks {

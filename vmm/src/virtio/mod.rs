@@ -11,6 +11,7 @@ mod nbd;
 mod queue;
 mod request;
 mod transport;
+mod turns;
 
 pub use device::{Device, DeviceTable};
 pub use nbd::NbdExport;
