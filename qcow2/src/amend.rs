@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::format::V2_REFCOUNT_ORDER;
 use crate::header::{Autoclear, Compatible, Incompatible};
 use crate::l2::{L2Entry, SubclusterState, Subclusters};
+use crate::resize::Growth;
 use crate::snapshot::Stored;
 use crate::write::Writer;
 
@@ -33,6 +34,10 @@ pub struct AmendOptions {
     pub backing_format: Option<Vec<u8>>,
     /// Size of the disk, bytes; 0 for no change.
     pub size: Option<u64>,
+    /// Bytes of the disk of the backing image, for a disk that gets longer; absent: not known, as if there were no end of them.
+    pub backing_size: Option<u64>,
+    /// What the backing image holds in the range of [`Writer::backed_tail`], for a disk that gets longer.
+    pub tail: Vec<u8>,
 }
 
 /// Why an option of an existing image can't be changed as wanted.
@@ -176,7 +181,14 @@ impl<D: BlockWrite> Writer<D> {
             if !size.is_multiple_of(512) {
                 return Err(AmendError::SizeUnaligned.into());
             }
-            self.set_size(size)?;
+            let unknown = if self.has_backing() { u64::MAX } else { 0 };
+            let backing_size = options.backing_size.unwrap_or(unknown);
+            let growth = Growth { backing_size, tail: &options.tail, ..Growth::default() };
+            self.check_size(size, growth)?;
+            match size < self.header.virtual_size {
+                true => self.shorten(size)?,
+                false => self.lengthen(size, growth)?,
+            }
             self.flush()?;
         }
         if version < old_version {

@@ -111,7 +111,7 @@ impl<D: BlockWrite> Writer<D> {
         Ok(self.flush()?)
     }
 
-    fn check_size(&self, size: u64, growth: Growth<'_>) -> Result<()> {
+    pub(crate) fn check_size(&self, size: u64, growth: Growth<'_>) -> Result<()> {
         let old = self.header.virtual_size;
         let longer = size > old;
         let fits = self.header.geometry.l1_entries(size) <= MAX_L1_BYTES / 8 && size <= i64::MAX as u64;
@@ -243,6 +243,16 @@ impl<D: BlockWrite> Writer<D> {
 
     // --- Shorter
 
+    /// Gives the disk a smaller size. Its bitmaps are the caller's.
+    pub(crate) fn shorten(&mut self, size: u64) -> Result<()> {
+        self.flush()?;
+        self.header.virtual_size = size;
+        self.main.write(SIZE_FIELD, &size.to_be_bytes())?;
+        self.flush()?;
+        self.cut_off(size)?;
+        Ok(self.settle_data_file(size)?)
+    }
+
     /// Frees everything behind the end of the disk and cuts the file. The header has the new size already.
     fn cut_off(&mut self, size: u64) -> Result<()> {
         let geometry = self.header.geometry;
@@ -340,14 +350,18 @@ impl<D: BlockWrite> Writer<D> {
 
     /// Growth by [`BlockWrite::set_size`]: nothing is allocated, and whatever a backing image holds stays hidden.
     pub(crate) fn set_size_rounded(&mut self, size: u64) -> blockio::Result<()> {
-        let old = self.header.virtual_size;
         let size = size.checked_next_multiple_of(SECTOR).ok_or(IoError::new(ErrorKind::OutOfBounds))?;
-        if size < old {
+        let backing_size = if self.has_backing() { u64::MAX } else { 0 };
+        self.lengthen(size, Growth { backing_size, ..Growth::default() })
+    }
+
+    /// Gives the disk a size of whole sectors that is not smaller than its own.
+    pub(crate) fn lengthen(&mut self, size: u64, growth: Growth<'_>) -> blockio::Result<()> {
+        if size < self.header.virtual_size {
             return Err(ErrorKind::Unsupported.into());
         }
         self.begin()?;
-        let backing_size = if self.has_backing() { u64::MAX } else { 0 };
-        self.grow_disk(size, Growth { backing_size, ..Growth::default() })?;
+        self.grow_disk(size, growth)?;
         if let Some(data) = &mut self.data {
             data.extend(size);
             data.settle()?;

@@ -251,7 +251,7 @@ fn sizes() {
     if !have_qemu() {
         return;
     }
-    for sizes in [&["3M", "40M"][..], &["1028k", "1900k", "5M"]] {
+    for sizes in [&["3M", "40M"][..], &["1028k", "1900k", "5M"], &["700k", "300k", "2M"]] {
         let temp = tempfile::tempdir().unwrap();
         let dir = temp.path();
         must(dir, "qemu-img", &["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", "a", "1M"]);

@@ -7,6 +7,7 @@ use instar_guest_protocol::message::{
 use instar_qcow2::{AmendError, AmendOptions, EncryptionMethod, Error};
 
 use crate::formats::change_keys;
+use crate::ops::commit::read_tail;
 use crate::ops::edit::{self, Editable, Qcow2};
 use crate::ops::failure::failure;
 use crate::platform::Platform;
@@ -53,6 +54,7 @@ fn amend<P: Platform>(
         (EncryptionMethod::Luks, Some(header)) => Some(header.offset.0..header.offset.0.saturating_add(header.len)),
         _ => return Err(refused(AmendRefusal::OnlyLuks)),
     };
+    let tail = read_tail(&image.writer, image.below.as_deref()).map_err(|error| image.failure(error))?;
     let options = AmendOptions {
         version: wanted.version,
         refcount_bits: wanted.refcount_bits,
@@ -62,6 +64,8 @@ fn amend<P: Platform>(
         backing_file: wanted.backing_file.clone(),
         backing_format: wanted.backing_format.clone(),
         size: wanted.size,
+        backing_size: image.below.as_ref().map(|below| below.size()),
+        tail,
     };
     let tell = |done: u64, total: u64| {
         if progress {

@@ -3,12 +3,12 @@
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 
-use instar_blockio::FileId;
+use instar_blockio::{FileId, Layer};
 use instar_guest_protocol::limits::MAX_CHAIN_DEPTH;
 use instar_guest_protocol::message::{Cause, EditReply, Failure, Format, Source, Step};
 use instar_qcow2::{self as qcow2, Bitmaps, Writer};
 
-use crate::chain::{Opening, open_backing, too_deep};
+use crate::chain::{Opening, open_backing, open_below, too_deep};
 use crate::formats::target::TargetDisk;
 use crate::formats::{OpenImage, open_data_file, open_named, qcow2_failure, repair_if_dirty};
 use crate::ops::failure::about;
@@ -27,10 +27,12 @@ pub(super) struct Qcow2<P: Platform> {
     pub writer: Writer<TargetDisk<P>>,
     pub bitmaps: Bitmaps,
     pub id: FileId,
+    /// What lies below, if data is written.
+    pub below: Option<Box<dyn Layer>>,
 }
 
-/// Opens an image that the user named, on a writable device. `chain`: its backing chain must be there, though nothing of it is read,
-/// as with qemu-img. `writes_data`: an external data file is written as well.
+/// Opens an image that the user named, on a writable device. `chain`: its backing chain must be there, as with qemu-img; it is read only
+/// with `writes_data`, where an external data file is written as well.
 pub(super) fn open<P: Platform>(
     platform: &P,
     source: &Source,
@@ -48,10 +50,18 @@ pub(super) fn open<P: Platform>(
             Editable::Other(image.format())
         }
     };
-    if chain {
-        open_chain(platform, source, &*image)?;
+    match opened {
+        Editable::Qcow2(mut qcow2) if chain && writes_data => {
+            qcow2.below = open_below(platform, source.device, &*image, &Opening::of(source, true))?;
+            Ok(Editable::Qcow2(qcow2))
+        }
+        opened => {
+            if chain {
+                open_chain(platform, source, &*image)?;
+            }
+            Ok(opened)
+        }
     }
-    Ok(opened)
 }
 
 fn open_qcow2<P: Platform>(
@@ -71,7 +81,7 @@ fn open_qcow2<P: Platform>(
     let mut writer =
         Writer::open_encrypted(TargetDisk::new(file, true), id, data, image.cipher().cloned()).map_err(failed)?;
     let bitmaps = writer.load_bitmaps().map_err(failed)?;
-    Ok(Qcow2 { writer, bitmaps, id })
+    Ok(Qcow2 { writer, bitmaps, id, below: None })
 }
 
 /// Opens what lies below an image, all the way down, and forgets it.
