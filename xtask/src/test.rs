@@ -24,7 +24,7 @@ pub fn bench_smoke(_args: &[String]) -> Result {
 
 /// The fuzz targets, by the seeded runner that needs no nightly compiler.
 pub fn fuzz(args: &[String]) -> Result {
-    run(cargo().args(["run", "--quiet", "--manifest-path", "fuzz/Cargo.toml", "--"]).args(args))
+    run(cargo().args(["run", "--quiet", "--release", "--manifest-path", "fuzz/Cargo.toml", "--"]).args(args))
 }
 
 /// Each writable format and subformat into each.
