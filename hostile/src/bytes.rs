@@ -1,14 +1,16 @@
 //! Bytes of an image under construction.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// Bytes of a page.
 pub const PAGE: usize = 4096;
 
-/// A file's contents: pages that are not all zero, and the length.
+/// A file's contents: pages that are not all zero, and the length. Copies share the pages that are the same, since hundreds of images differ in
+/// a field only.
 #[derive(Clone, Debug, Default)]
 pub struct Image {
-    pages: BTreeMap<usize, Box<[u8; PAGE]>>,
+    pages: BTreeMap<usize, Arc<[u8; PAGE]>>,
     len: u64,
 }
 
@@ -34,8 +36,8 @@ impl Image {
         while !rest.is_empty() {
             let (now, later) = rest.split_at(rest.len().min(PAGE - at % PAGE));
             if self.pages.contains_key(&(at / PAGE)) || now.iter().any(|byte| *byte != 0) {
-                let page = self.pages.entry(at / PAGE).or_insert_with(|| Box::new([0; PAGE]));
-                page[at % PAGE..at % PAGE + now.len()].copy_from_slice(now);
+                let page = self.pages.entry(at / PAGE).or_insert_with(|| Arc::new([0; PAGE]));
+                Arc::make_mut(page)[at % PAGE..at % PAGE + now.len()].copy_from_slice(now);
             }
             (at, rest) = (at + now.len(), later);
         }
@@ -74,7 +76,9 @@ impl Image {
     pub fn with_len(mut self, len: u64) -> Self {
         self.pages.retain(|&number, page| {
             let there = len.saturating_sub((number * PAGE) as u64).min(PAGE as u64) as usize;
-            page[there..].fill(0);
+            if there > 0 && there < PAGE {
+                Arc::make_mut(page)[there..].fill(0);
+            }
             there > 0
         });
         self.len = len;

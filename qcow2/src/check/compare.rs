@@ -36,6 +36,8 @@ pub(super) struct Checker<'a, D> {
     pub blocks: Vec<u64>,
     /// Some entry of the active tables lacks the COPIED flag.
     pub uncopied: bool,
+    /// Those of the corruptions that are references beyond what a count can hold.
+    pub overflows: u64,
     found: &'a mut dyn FnMut(Finding),
 }
 
@@ -52,6 +54,7 @@ impl<'a, D: BlockRead> Checker<'a, D> {
             rebuild: false,
             blocks: Vec::new(),
             uncopied: false,
+            overflows: 0,
             found,
         }
     }
@@ -77,6 +80,11 @@ impl<'a, D: BlockRead> Checker<'a, D> {
 
     /// Counts a reference to each cluster of a range.
     pub fn refer(&mut self, offset: u64, len: u64) {
+        self.refer_times(offset, len, 1);
+    }
+
+    /// Counts so many references to each cluster of a range.
+    pub fn refer_times(&mut self, offset: u64, len: u64, times: u64) {
         let geometry = self.header().geometry;
         if len == 0 {
             return;
@@ -88,11 +96,12 @@ impl<'a, D: BlockRead> Checker<'a, D> {
         }
         let most = max_count(geometry.refcount_order());
         for cluster in offset >> geometry.cluster_bits()..=(end - 1) >> geometry.cluster_bits() {
-            if self.counts.get(cluster) >= most {
+            let fitting = times.min(most.saturating_sub(self.counts.get(cluster)));
+            self.counts.add(cluster, fitting);
+            for _ in fitting..times {
+                self.overflows += 1;
                 self.fault(Finding::CountOverflow { offset: cluster << geometry.cluster_bits() });
-                continue;
             }
-            self.counts.add(cluster);
         }
     }
 

@@ -26,18 +26,23 @@ impl Counts {
         }
     }
 
-    /// Counts a reference; gives the new count.
-    pub fn add(&mut self, cluster: u64) -> u64 {
+    /// Counts so many references; gives the new count.
+    pub fn add(&mut self, cluster: u64, times: u64) -> u64 {
+        if times == 0 {
+            return self.get(cluster);
+        }
         let page = self.pages.entry(cluster / REACH).or_insert_with(|| alloc::vec![0; REACH as usize].into());
         let count = &mut page[(cluster % REACH) as usize];
-        self.shared |= *count > 0;
-        if *count < LARGE - 1 {
-            *count += 1;
-            return (*count).into();
+        self.shared |= *count > 0 || times > 1;
+        if let Some(sum) = u64::from(*count).checked_add(times).and_then(|sum| u8::try_from(sum).ok())
+            && sum < LARGE
+        {
+            *count = sum;
+            return sum.into();
         }
-        *count = LARGE;
-        let large = self.large.entry(cluster).or_insert(u64::from(LARGE) - 1);
-        *large += 1;
+        let before = core::mem::replace(count, LARGE);
+        let large = self.large.entry(cluster).or_insert(before.into());
+        *large = large.saturating_add(times);
         *large
     }
 
@@ -86,11 +91,13 @@ mod tests {
     fn counts_of_any_size() {
         let mut counts = Counts::default();
         for wanted in 1..=700 {
-            assert_eq!(counts.add(5), wanted);
+            assert_eq!(counts.add(5, 1), wanted);
         }
-        assert_eq!(counts.add(u64::MAX / 512), 1);
+        assert_eq!(counts.add(u64::MAX / 512, 1), 1);
         assert_eq!((counts.get(5), counts.get(6), counts.get(u64::MAX)), (700, 0, 0));
         assert!(counts.any_shared() && !Counts::default().any_shared());
+        assert_eq!([counts.add(8, 254), counts.add(8, 2), counts.add(8, u64::MAX)], [254, 256, u64::MAX]);
+        assert_eq!([counts.add(9, 300), counts.add(9, 0), counts.add(10, 0), counts.get(9)], [300, 300, 0, 300]);
         assert!(counts.has_page(7) && !counts.has_page(REACH));
         assert_eq!(counts.pages().collect::<alloc::vec::Vec<_>>(), [0, u64::MAX / 512 / REACH * REACH]);
     }
@@ -100,7 +107,7 @@ mod tests {
         let mut counts = Counts::default();
         assert_eq!(counts.first_free(3), 3);
         for cluster in 0..REACH + 2 {
-            counts.add(cluster);
+            counts.add(cluster, 1);
         }
         assert_eq!((counts.first_free(0), counts.first_free(REACH + 2)), (REACH + 2, REACH + 2));
     }

@@ -111,7 +111,7 @@ fn rebuild<D: BlockRead, W: BlockWrite>(checker: &mut Checker<'_, D>, file: &mut
         }
         let place = free_run(checker, next, wanted);
         for number in place..place + wanted {
-            checker.counts.add(number);
+            checker.counts.add(number, 1);
         }
         assign_blocks(checker, &mut blocks, &mut next);
         let entries = blocks.keys().next_back().map_or(1, |last| last + 1);
@@ -161,7 +161,7 @@ fn assign_blocks<D: BlockRead>(checker: &mut Checker<'_, D>, blocks: &mut BTreeM
         }
         for number in missing {
             let place = checker.counts.first_free(*next);
-            checker.counts.add(place);
+            checker.counts.add(place, 1);
             blocks.insert(number, place);
             *next = place + 1;
         }

@@ -1,5 +1,6 @@
 //! The walk over everything that refers to clusters of the file.
 
+use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 
 use instar_blockio::{BlockRead, ReadPart};
@@ -20,6 +21,13 @@ const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
 const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 /// Bytes of tables read at once.
 pub(super) const BATCH: usize = 2 << 20;
+
+/// L2 tables that are remembered, see [`Walked`]; what lies beyond is read each time.
+const MOST_WALKED: usize = 1 << 16;
+
+/// L2 tables without a fault, and how often they were met again since they were read. Snapshots share most of their tables with each other and
+/// with the disk: what such a table refers to is counted once more for each meeting, but the table is not read each time.
+type Walked = BTreeMap<u64, u64>;
 
 /// An L2 table or refcount block as it was read.
 pub(super) struct Table {
@@ -48,16 +56,18 @@ impl<D: BlockRead> Checker<'_, D> {
         let cluster = header.geometry.cluster_size();
         self.refer(0, cluster);
         let active = (header.l1_offset.0, u64::from(header.l1_entries));
-        self.count_l1(active.0, active.1, true)?;
+        let mut walked = Walked::new();
+        self.count_l1(active.0, active.1, true, &mut walked)?;
         let (snapshots, len) = snapshot::load(&self.image.pages, self.header())?;
         for stored in &snapshots {
             let (offset, entries) = (stored.snapshot.l1_offset.0, u64::from(stored.snapshot.l1_entries));
             if entries * 8 <= MAX_L1_BYTES {
-                self.count_l1(offset, entries, false)?;
+                self.count_l1(offset, entries, false, &mut walked)?;
             } else {
                 self.fault(Finding::BehindEnd { offset, len: entries * 8 });
             }
         }
+        self.count_again(walked)?;
         self.refer(self.header().snapshots_offset.0, len);
         if let Some(crypto) = self.image.extensions.crypto {
             self.refer(crypto.offset.0, crypto.len);
@@ -68,7 +78,7 @@ impl<D: BlockRead> Checker<'_, D> {
     }
 
     /// An L1 table and everything below it.
-    fn count_l1(&mut self, offset: u64, entries: u64, active: bool) -> Result<()> {
+    fn count_l1(&mut self, offset: u64, entries: u64, active: bool, walked: &mut Walked) -> Result<()> {
         self.refer(offset, entries * 8);
         let tables = self.l1_entries(offset, entries)?;
         let cluster = self.header().geometry.cluster_size();
@@ -84,10 +94,29 @@ impl<D: BlockRead> Checker<'_, D> {
                 if !self.header().geometry.is_aligned(table) {
                     self.fault(Finding::L2Unaligned { offset: table });
                 }
-                aligned.push(table);
+                match walked.get_mut(&table).filter(|_| !active) {
+                    Some(again) => *again += 1,
+                    None => aligned.push(table),
+                }
             }
             for table in self.read_tables(&aligned)? {
-                self.count_l2(&table, active);
+                let faults = self.report.corruptions - self.overflows;
+                self.count_l2(&table, active, 1);
+                if self.report.corruptions - self.overflows == faults && walked.len() < MOST_WALKED {
+                    walked.entry(table.offset).or_default();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What tables refer to that were met more than once.
+    fn count_again(&mut self, walked: Walked) -> Result<()> {
+        let again: Vec<(u64, u64)> = walked.into_iter().filter(|(_, times)| *times > 0).collect();
+        for chunk in again.chunks((BATCH as u64 / self.header().geometry.cluster_size()).max(1) as usize) {
+            let offsets: Vec<u64> = chunk.iter().map(|(offset, _)| *offset).collect();
+            for (table, (_, times)) in self.read_tables(&offsets)?.iter().zip(chunk) {
+                self.count_l2(table, false, *times);
             }
         }
         Ok(())
@@ -134,7 +163,8 @@ impl<D: BlockRead> Checker<'_, D> {
         Ok(tables)
     }
 
-    fn count_l2(&mut self, table: &Table, active: bool) {
+    /// What an L2 table refers to, if it was met `times` times.
+    fn count_l2(&mut self, table: &Table, active: bool, times: u64) {
         let geometry = self.header().geometry;
         let words = if geometry.extended_l2() { 2 } else { 1 };
         // Where the next cluster would be if the disk lay in one piece.
@@ -146,7 +176,7 @@ impl<D: BlockRead> Checker<'_, D> {
                 continue;
             }
             if entry & L2_COMPRESSED != 0 {
-                self.count_compressed(index, entry, bitmap, active);
+                self.count_compressed(index, entry, bitmap, active, times);
                 continue;
             }
             if entry & L2_RESERVED != 0 && words == 1 {
@@ -166,12 +196,12 @@ impl<D: BlockRead> Checker<'_, D> {
                 expected = Some(host.wrapping_add(geometry.cluster_size()));
             }
             if !self.image.l2.data_file {
-                self.refer(host, geometry.cluster_size());
+                self.refer_times(host, geometry.cluster_size(), times);
             }
         }
     }
 
-    fn count_compressed(&mut self, index: u64, entry: u64, bitmap: u64, active: bool) {
+    fn count_compressed(&mut self, index: u64, entry: u64, bitmap: u64, active: bool, times: u64) {
         let decoded = self.image.l2.decode(crate::GuestOffset(0), entry & !COPIED, 0);
         if self.image.l2.data_file {
             return self.fault(Finding::CompressedInDataFile { index, entry });
@@ -184,7 +214,7 @@ impl<D: BlockRead> Checker<'_, D> {
             self.fault(Finding::CompressedCopied { offset });
         }
         let start = offset & !511;
-        self.refer(start, offset.saturating_add(len) - start);
+        self.refer_times(start, offset.saturating_add(len) - start, times);
         if active {
             self.clusters.allocated += 1;
             self.clusters.compressed += 1;
