@@ -103,6 +103,18 @@ enum Compare {
     Status,
 }
 
+/// qemu-img was ended by a signal, as by a failed assertion: there is nothing to compare with.
+#[derive(Debug)]
+struct Crashed(String);
+
+impl std::fmt::Display for Crashed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "qemu-img crashed: {}", self.0)
+    }
+}
+
+impl std::error::Error for Crashed {}
+
 impl Sequence {
     fn new(binary: &Path, seed: u64) -> Result<Self> {
         let root = std::env::temp_dir().join(format!("instar-differential-{}", std::process::id()));
@@ -131,6 +143,11 @@ impl Sequence {
         let result = self.setup().and_then(|()| (0..steps).try_for_each(|_| self.step()));
         let commands = self.log.len() as u64;
         match result {
+            Err(error) if error.is::<Crashed>() => {
+                println!("{error}; the sequence ends");
+                fs::remove_dir_all(&self.root)?;
+                Ok(commands)
+            }
             Ok(()) => {
                 fs::remove_dir_all(&self.root)?;
                 Ok(commands)
@@ -515,6 +532,10 @@ impl Sequence {
             return Ok(());
         }
         let theirs = run(Path::new("qemu-img"), "theirs")?;
+        if theirs.status.code().is_none() && ours.status.code().is_some() {
+            let words = String::from_utf8_lossy(&theirs.stderr).trim_end().to_owned();
+            return Err(Crashed(format!("{args:?}: {words}")).into());
+        }
         let text = |bytes: &[u8]| normalised(&String::from_utf8_lossy(bytes), compare);
         let called = self.ours.display().to_string();
         let said = |output: &Output| (text(&output.stdout), text(&output.stderr).replace(&called, "qemu-img"));
