@@ -103,17 +103,17 @@ enum Compare {
     Status,
 }
 
-/// qemu-img was ended by a signal, as by a failed assertion: there is nothing to compare with.
+/// There is nothing more to compare with: qemu-img was ended by a signal, as by a failed assertion, or damaged its own image.
 #[derive(Debug)]
-struct Crashed(String);
+struct Incomparable(String);
 
-impl std::fmt::Display for Crashed {
+impl std::fmt::Display for Incomparable {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "qemu-img crashed: {}", self.0)
+        f.write_str(&self.0)
     }
 }
 
-impl std::error::Error for Crashed {}
+impl std::error::Error for Incomparable {}
 
 impl Sequence {
     fn new(binary: &Path, seed: u64) -> Result<Self> {
@@ -143,7 +143,7 @@ impl Sequence {
         let result = self.setup().and_then(|()| (0..steps).try_for_each(|_| self.step()));
         let commands = self.log.len() as u64;
         match result {
-            Err(error) if error.is::<Crashed>() => {
+            Err(error) if error.is::<Incomparable>() => {
                 println!("{error}; the sequence ends");
                 fs::remove_dir_all(&self.root)?;
                 Ok(commands)
@@ -493,6 +493,10 @@ impl Sequence {
                 Ok(check.stdout(Stdio::null()).stderr(Stdio::null()).status()?.code())
             };
             let (ours, theirs) = (healthy("ours")?, healthy("theirs")?);
+            if ours == Some(0) && theirs != ours {
+                let what = format!("qemu-img left {file} damaged ({theirs:?}) at {args:?}, instar did not");
+                return Err(Incomparable(what).into());
+            }
             if ours != theirs {
                 return Err(format!("qemu-img check of {file}: {ours:?}, and of qemu-img's own: {theirs:?}").into());
             }
@@ -534,7 +538,7 @@ impl Sequence {
         let theirs = run(Path::new("qemu-img"), "theirs")?;
         if theirs.status.code().is_none() && ours.status.code().is_some() {
             let words = String::from_utf8_lossy(&theirs.stderr).trim_end().to_owned();
-            return Err(Crashed(format!("{args:?}: {words}")).into());
+            return Err(Incomparable(format!("qemu-img crashed at {args:?}: {words}")).into());
         }
         let text = |bytes: &[u8]| normalised(&String::from_utf8_lossy(bytes), compare);
         let called = self.ours.display().to_string();
