@@ -57,7 +57,7 @@ fn findings() -> Result<Vec<String>> {
 /// What cargo knows of the packages that are used on our platform.
 fn metadata() -> Result<Value> {
     let mut command = cargo();
-    command.args(["metadata", "--format-version", "1", "--locked", "--offline"]);
+    command.args(["metadata", "--format-version", "1", "--locked"]);
     let output = command.args(["--filter-platform", "x86_64-unknown-linux-gnu"]).output()?;
     if !output.status.success() {
         return Err(String::from_utf8_lossy(&output.stderr).into_owned().into());

@@ -90,6 +90,8 @@ struct Sequence {
     bitmaps: u64,
     /// Clusters are compressed by Zstandard: qemu-img downgrades such an image to one that it can't read any more.
     zstd: bool,
+    /// Clusters are smaller than 4 KiB.
+    fine: bool,
     /// The last command failed on both sides.
     failed: bool,
 }
@@ -138,6 +140,7 @@ impl Sequence {
             snapshots: 0,
             bitmaps: 0,
             zstd: false,
+            fine: false,
             failed: false,
         })
     }
@@ -163,6 +166,7 @@ impl Sequence {
     /// A base, an overlay on it, and contents; made by qemu-img in both copies.
     fn setup(&mut self) -> Result {
         let cluster = self.random.pick(&["512", "4k", "64k", "64k", "2M"]);
+        self.fine = cluster == "512";
         let subclusters = matches!(cluster, "64k" | "2M") && self.random.one_in(4);
         self.size = match self.random.below(4) {
             0 => self.random.below(300) * 512,
@@ -399,7 +403,9 @@ impl Sequence {
             self.prepare(&["create", "-q", "-f", "qcow2", "e.qcow2", &size])?;
             self.write("e.qcow2", "qcow2")?;
             self.same(Compare::All, &["convert", "-n", "-O", "qcow2", image, "e.qcow2"])?;
-            self.same(Compare::Placeless, &["map", "--output=json", "e.qcow2"])?;
+            // Where zeroes do not begin at 4 KiB, qemu-img writes some of them out.
+            let compare = if self.fine { Compare::Status } else { Compare::Placeless };
+            self.same(compare, &["map", "--output=json", "e.qcow2"])?;
             return self.same_contents("e.qcow2", "qcow2");
         }
         let target = self.random.pick(&["raw", "qcow2", "vmdk", "vpc", "vhdx", "vdi", "qed", "qcow", "parallels"]);
@@ -567,7 +573,7 @@ fn normalised(text: &str, compare: Compare) -> String {
     let lines = lines.map(|line| {
         let line = without_node_number(&without_date(line));
         match line.find(", \"offset\": ") {
-            Some(at) if placeless => format!("{}}}", &line[..at]),
+            Some(at) if placeless => format!("{}{}", &line[..at], line.find('}').map_or("", |end| &line[end..])),
             _ => line,
         }
     });
@@ -580,11 +586,35 @@ fn normalised(text: &str, compare: Compare) -> String {
         // Identifiers are random.
         let moment = placeless
             && ["\"date-", "vm-clock", "cid: ", "\"cid\"", "parent cid: "].iter().any(|word| line.contains(word));
-        if !size_of_file && !fragmentation && !moment {
-            out.push(line);
+        if size_of_file || fragmentation || moment {
+            continue;
+        }
+        match out.last_mut().filter(|_| placeless).and_then(|last| joined(last, &line)) {
+            Some(both) => *out.last_mut().expect("it was there") = both,
+            None => out.push(line),
         }
     }
     out.join("\n")
+}
+
+/// Two lines of `map`, from which the places were taken, as one: they are two only because of where they lie.
+fn joined(first: &str, second: &str) -> Option<String> {
+    let (start, len, what) = map_line(first)?;
+    let (next, more, same) = map_line(second)?;
+    let whole = what == same && start + len == next;
+    let bracket = if first.starts_with('[') { "[" } else { "" };
+    whole.then(|| {
+        let end = &second[second.rfind('}').map_or(second.len(), |at| at + 1)..];
+        format!("{bracket}{{ \"start\": {start}, \"length\": {}, {what}}}{end}", len + more)
+    })
+}
+
+/// Start, length and the rest of a line of `map --output=json`.
+fn map_line(line: &str) -> Option<(u64, u64, &str)> {
+    let rest = line.trim_start_matches('[').strip_prefix("{ \"start\": ")?;
+    let (start, rest) = rest.split_once(", \"length\": ")?;
+    let (len, rest) = rest.split_once(", ")?;
+    Some((start.parse().ok()?, len.parse().ok()?, rest.split_once('}')?.0))
 }
 
 /// `#block118` becomes `#block`: the number is QEMU's own.
@@ -608,5 +638,24 @@ fn without_date(line: &str) -> String {
     match (0..bytes.len().saturating_sub(pattern.len() - 1)).find(|at| matches(*at)) {
         Some(at) => format!("{}DATE{}", &line[..at], &line[at + pattern.len()..]),
         None => line.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_make_no_difference() {
+        let scattered = "[{ \"start\": 0, \"length\": 512, \"data\": true, \"offset\": 7},\n\
+                         { \"start\": 512, \"length\": 512, \"data\": true, \"offset\": 9},\n\
+                         { \"start\": 1024, \"length\": 1, \"data\": false}]";
+        let whole =
+            "[{ \"start\": 0, \"length\": 1024, \"data\": true},\n{ \"start\": 1024, \"length\": 1, \"data\": false}]";
+        assert_eq!(normalised(scattered, Compare::Placeless), whole);
+        assert_eq!(normalised(whole, Compare::Placeless), whole);
+        assert_eq!(normalised(scattered, Compare::All), scattered);
+        let gap = scattered.replace("\"start\": 512", "\"start\": 600");
+        assert_eq!(normalised(&gap, Compare::Placeless).lines().count(), 3);
     }
 }
