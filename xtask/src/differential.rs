@@ -83,7 +83,7 @@ struct Sequence {
     ours: PathBuf,
     size: u64,
     base_format: &'static str,
-    /// Something was committed into a raw base: where that has holes is not the same.
+    /// Something was committed into a raw base, or from fine clusters: where the base has holes or zero clusters is not the same.
     holes: bool,
     log: Vec<String>,
     snapshots: u64,
@@ -346,7 +346,7 @@ impl Sequence {
     }
 
     fn commit(&mut self) -> Result {
-        self.holes |= self.base_format == "raw";
+        self.holes |= self.base_format == "raw" || self.fine;
         match self.random.below(3) {
             0 => self.change("a.qcow2", &["commit", "-d", "a.qcow2"]),
             1 => self.change("a.qcow2", &["commit", "-b", "base", "a.qcow2"]),
