@@ -89,9 +89,12 @@ pub fn end_orderly_on_panic(program: &str) {
     }));
 }
 
-/// From now on, a signal that ends the program removes the files first.
+/// From now on, a signal that ends the program removes the files first. One that the caller had ignored (`nohup`, jobs in the background of a
+/// script) goes on being ignored.
 fn watch_signals() {
-    let Ok(mut signals) = Signals::new([SIGHUP, SIGINT, SIGTERM]) else { return };
+    let ignored = std::fs::read_to_string("/proc/self/status").map_or(0, |status| ignored_signals(&status));
+    let watched = [SIGHUP, SIGINT, SIGTERM].into_iter().filter(|signal| ignored >> (signal - 1) & 1 == 0);
+    let Ok(mut signals) = Signals::new(watched) else { return };
     let watcher = move || {
         if let Some(signal) = signals.forever().next() {
             // Nothing more is created until the program is gone.
@@ -106,9 +109,22 @@ fn watch_signals() {
     }
 }
 
+/// The mask of ignored signals, of `/proc/PID/status` (proc(5)): signal 1 is the lowest bit.
+fn ignored_signals(status: &str) -> u64 {
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn masks_of_ignored_signals() {
+        let status = "Name:\tinstar\nSigBlk:\t0000000000000000\nSigIgn:\t0000000000001003\nSigCgt:\t0\n";
+        assert_eq!(ignored_signals(status), 1 << (SIGHUP - 1) | 1 << (SIGINT - 1) | 1 << 12);
+        assert_eq!([ignored_signals("SigIgn:\tx\n"), ignored_signals("")], [0, 0]);
+    }
 
     const PLAYS_A_BUG: &str = "INSTAR_TEST_PLAYS_A_BUG";
 

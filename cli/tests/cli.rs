@@ -304,8 +304,12 @@ fn a_running_conversion_holds_its_locks() {
 
 /// A conversion of `a.raw` to `o.qcow2` that takes minutes; returns once the target exists.
 fn slow_conversion(dir: &Path) -> Child {
+    slow_conversion_by(Command::new(BINARY), dir)
+}
+
+fn slow_conversion_by(mut command: Command, dir: &Path) -> Child {
     let args = ["convert", "-r", "64k", "-f", "raw", "-O", "qcow2", "a.raw", "o.qcow2"];
-    let child = Command::new(BINARY).current_dir(dir).args(args).stdout(Stdio::null()).spawn().unwrap();
+    let child = command.current_dir(dir).args(args).stdout(Stdio::null()).spawn().unwrap();
     let start = Instant::now();
     while fs::metadata(dir.join("o.qcow2")).map_or(0, |file| file.len()) == 0 {
         assert!(start.elapsed() < Duration::from_secs(60), "the conversion does not start");
@@ -330,6 +334,16 @@ fn a_signal_leaves_nothing_behind() {
         assert!(!status.success());
         assert_eq!(listing(dir), [dir.join("a.raw")]);
     }
+    // What the caller had ignored stays ignored.
+    let mut command = Command::new("sh");
+    command.args(["-c", "trap '' INT; exec \"$0\" \"$@\"", BINARY]);
+    let mut child = slow_conversion_by(command, dir);
+    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(child.try_wait().unwrap(), None, "the signal ended the program");
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    child.wait().unwrap();
+    assert_eq!(listing(dir), [dir.join("a.raw")]);
 }
 
 #[test]

@@ -3,12 +3,14 @@
 //! [`suite`] makes the images: every format, every class of known attacks (names that lead outside, guessed formats, size fields,
 //! unbounded work, structures cut off or pointing at each other), each with what is [`Due`]. [`Trial`] runs the commands on them
 //! and looks for everything that must not happen. [`kill`] ends writing commands at random moments; [`faults`] takes away what they need.
+//! [`differential`] does random commands by instar and by qemu-img and compares what comes of them.
 //!
 //! What is due comes from the specifications of the formats and from the verdict of qemu-img, never from what instar answers.
 #![forbid(unsafe_code)]
 
 mod bytes;
 mod case;
+pub mod differential;
 pub mod faults;
 mod images;
 pub mod kill;
