@@ -581,6 +581,10 @@ fn normalised(text: &str, compare: Compare) -> String {
         if size_of_file || fragmentation || moment {
             continue;
         }
+        // What was left out may have been the last member.
+        if placeless && line.trim_start().starts_with('}') && out.last().is_some_and(|last| last.ends_with(',')) {
+            out.last_mut().map(String::pop);
+        }
         match out.last_mut().filter(|_| placeless).and_then(|last| joined(last, &line)) {
             Some(both) => *out.last_mut().expect("it was there") = both,
             None => out.push(line),
