@@ -21,13 +21,13 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use crate::run::{Result, release_binary, run};
 
 /// One row of the table.
-struct Workload {
-    name: &'static str,
+struct Workload<'a> {
+    name: &'a str,
     /// Arguments, `{}` standing for the output file.
-    args: &'static [&'static str],
+    args: &'a [&'a str],
 }
 
-const WORKLOADS: &[Workload] = &[
+const WORKLOADS: &[Workload<'_>] = &[
     Workload { name: "info", args: &["info", "plain.qcow2"] },
     Workload { name: "info --backing-chain of six", args: &["info", "--backing-chain", "chain6.qcow2"] },
     Workload { name: "measure", args: &["measure", "-O", "qcow2", "plain.qcow2"] },
@@ -184,7 +184,7 @@ pub fn bench_vs_qemu(args: &[String]) -> Result {
     Ok(())
 }
 
-fn row(dir: &Path, workload: &Workload, instar: &Path, runs: usize) -> Result {
+fn row(dir: &Path, workload: &Workload<'_>, instar: &Path, runs: usize) -> Result {
     let qemu = Path::new("qemu-img");
     let (mut ratios, mut cpu_ratios, mut ours, mut theirs) = (vec![], vec![], vec![], vec![]);
     // One pair to warm up.
@@ -222,7 +222,7 @@ fn row(dir: &Path, workload: &Workload, instar: &Path, runs: usize) -> Result {
 }
 
 /// Exits of the virtual machine in one run.
-fn exits(dir: &Path, instar: &Path, workload: &Workload) -> Result<u64> {
+fn exits(dir: &Path, instar: &Path, workload: &Workload<'_>) -> Result<u64> {
     let mut command = Command::new(instar);
     command.arg("--stats=json").args(arguments(dir, workload)).current_dir(dir).stdin(Stdio::null());
     let output = command.output()?;
@@ -233,39 +233,50 @@ fn exits(dir: &Path, instar: &Path, workload: &Workload) -> Result<u64> {
     digits.parse().map_err(|_| format!("no count of exits in {text:?}").into())
 }
 
-/// Conversions of growing disks, whose time and memory are to grow as the data does, and not at all.
+/// Work on growing disks, whose time and memory are to grow as the data does, and not at all.
+///
+/// The sources are images of 1 GiB, named as often as it takes (`convert` puts them one behind the other), so that there is room for the rest in memory.
 fn linearity(dir: &Path, instar: &Path, runs: usize) -> Result {
-    const GIB: [u64; 3] = [1, 4, 16];
-    let workloads = [
-        Workload { name: "qcow2 -> raw", args: &["convert", "-O", "raw", "big.qcow2", "{}"] },
-        Workload { name: "raw -> qcow2", args: &["convert", "-f", "raw", "-O", "qcow2", "big.raw", "{}"] },
-        Workload { name: "check", args: &["check", "big.qcow2"] },
-        Workload { name: "map", args: &["map", "--output=json", "big.qcow2"] },
-        Workload { name: "zlib qcow2 -> raw", args: &["convert", "-O", "raw", "big-zlib.qcow2", "{}"] },
-    ];
+    const GIB: [usize; 3] = [1, 4, 16];
+    real_files(&dir.join("piece.raw"), 1 << 30)?;
+    for (options, name) in [(&["-O", "qcow2"][..], "piece.qcow2"), (&["-O", "qcow2", "-c"], "zlib.qcow2")] {
+        run(Command::new(instar)
+            .current_dir(dir)
+            .args(["convert", "-f", "raw"])
+            .args(options)
+            .args(["piece.raw", name]))?;
+    }
     println!("| workload | GiB | instar ms | ms per GiB | peak MiB |");
     println!("|---|---|---|---|---|");
-    let piece = dir.join("piece.raw");
-    real_files(&piece, 1 << 30)?;
+    let conversions: [(&str, &[&'static str], &'static str); 3] = [
+        ("qcow2 -> raw", &["convert", "-O", "raw"], "piece.qcow2"),
+        ("zlib qcow2 -> raw", &["convert", "-O", "raw"], "zlib.qcow2"),
+        ("raw -> qcow2", &["convert", "-f", "raw", "-O", "qcow2"], "piece.raw"),
+    ];
     for gib in GIB {
-        let mut big = File::create(dir.join("big.raw"))?;
-        for _ in 0..gib {
-            std::io::copy(&mut File::open(&piece)?, &mut big)?;
+        for (name, words, source) in conversions {
+            let args = [words, &vec![source; gib], &["{}"]].concat();
+            grown(dir, &Workload { name, args: &args }, instar, (runs, gib))?;
         }
-        for options in
-            [&["-O", "qcow2", "big.raw", "big.qcow2"][..], &["-O", "qcow2", "-c", "big.raw", "big-zlib.qcow2"]]
-        {
-            run(Command::new(instar).current_dir(dir).args(["convert", "-f", "raw"]).args(options))?;
+        // The last conversion's output is the image that is looked at.
+        fs::rename(dir.join("out"), dir.join("big.qcow2"))?;
+        for (name, args) in [("check", &["check", "big.qcow2"][..]), ("map", &["map", "--output=json", "big.qcow2"])] {
+            grown(dir, &Workload { name, args }, instar, (runs, gib))?;
         }
-        for workload in &workloads {
-            let mut times = Vec::new();
-            for _ in 0..runs {
-                times.push(measure(dir, instar, workload)?.wall * 1e3);
-            }
-            let (time, peak) = (median(&mut times), peak_mib(dir, instar, workload)?);
-            println!("| {} | {gib} | {time:.0} | {:.0} | {peak:.0} |", workload.name, time / gib as f64);
-        }
+        fs::remove_file(dir.join("big.qcow2"))?;
     }
+    Ok(())
+}
+
+/// A row about a disk of so many GiB.
+fn grown(dir: &Path, workload: &Workload<'_>, instar: &Path, (runs, gib): (usize, usize)) -> Result {
+    let peak = peak_mib(dir, instar, workload)?;
+    let mut times = Vec::new();
+    for _ in 0..runs {
+        times.push(measure(dir, instar, workload)?.wall * 1e3);
+    }
+    let time = median(&mut times);
+    println!("| {} | {gib} | {time:.0} | {:.1} | {peak:.0} |", workload.name, time / gib as f64);
     Ok(())
 }
 
@@ -279,20 +290,20 @@ struct Measure {
     cpu: f64,
 }
 
-fn command(dir: &Path, program: &Path, workload: &Workload) -> Command {
+fn command(dir: &Path, program: &Path, workload: &Workload<'_>) -> Command {
     let mut command = Command::new(program);
     command.current_dir(dir).stdin(Stdio::null()).stdout(Stdio::null()).args(arguments(dir, workload));
     command
 }
 
 /// The arguments of a workload, whose output file is not there yet.
-fn arguments(dir: &Path, workload: &Workload) -> impl Iterator<Item = OsString> {
+fn arguments(dir: &Path, workload: &Workload<'_>) -> impl Iterator<Item = OsString> {
     let output = dir.join("out");
     let _ = fs::remove_file(&output);
     workload.args.iter().map(move |arg| if *arg == "{}" { output.clone().into() } else { arg.into() })
 }
 
-fn measure(dir: &Path, program: &Path, workload: &Workload) -> Result<Measure> {
+fn measure(dir: &Path, program: &Path, workload: &Workload<'_>) -> Result<Measure> {
     let mut command = command(dir, program, workload);
     let before = children_cpu()?;
     let start = Instant::now();
@@ -321,7 +332,7 @@ fn children_cpu() -> Result<f64> {
 }
 
 /// The largest sum of resident memory over the command's processes, seen every half millisecond in a run of its own.
-fn peak_mib(dir: &Path, program: &Path, workload: &Workload) -> Result<f64> {
+fn peak_mib(dir: &Path, program: &Path, workload: &Workload<'_>) -> Result<f64> {
     let mut child = command(dir, program, workload).spawn()?;
     let mut peak = 0;
     while child.try_wait()?.is_none() {
