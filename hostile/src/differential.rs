@@ -7,7 +7,9 @@
 use std::error::Error;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
+
+use crate::process::{Ended, Program};
 
 type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
 
@@ -530,29 +532,30 @@ impl Sequence {
     /// A command on both sides: what it says must agree.
     fn same(&mut self, compare: Compare, args: &[&str]) -> Result {
         self.log.push(format!("qemu-img {}", args.join(" ")));
-        let run = |program: &Path, copy: &str| -> Result<Output> {
-            Ok(Command::new(program).current_dir(self.root.join(copy)).args(args).stdin(Stdio::null()).output()?)
-        };
+        let run = |program: &Path, copy: &str| Program::new(program).run(&self.root.join(copy), args);
         let ours = run(&self.ours, "ours")?;
         if String::from_utf8_lossy(&ours.stderr).contains("not provided by this version") {
             self.log.push("(left out)".to_owned());
             return Ok(());
         }
+        if ours.hung || ours.left || ours.code.is_none() {
+            return Err(format!("instar does not end, or not by itself: {ours:?}").into());
+        }
         let theirs = run(Path::new("qemu-img"), "theirs")?;
-        if theirs.status.code().is_none() && ours.status.code().is_some() {
+        if theirs.code.is_none() {
+            let what = if theirs.hung { "does not end" } else { "crashed" };
             let words = String::from_utf8_lossy(&theirs.stderr).trim_end().to_owned();
-            return Err(Incomparable(format!("qemu-img crashed at {args:?}: {words}")).into());
+            return Err(Incomparable(format!("qemu-img {what} at {args:?}: {words}")).into());
         }
         let text = |bytes: &[u8]| normalised(&String::from_utf8_lossy(bytes), compare);
         let called = self.ours.display().to_string();
-        let said = |output: &Output| (text(&output.stdout), text(&output.stderr).replace(&called, "qemu-img"));
-        let same =
-            ours.status.code() == theirs.status.code() && (compare == Compare::Status || said(&ours) == said(&theirs));
+        let said = |output: &Ended| (text(&output.stdout), text(&output.stderr).replace(&called, "qemu-img"));
+        let same = ours.code == theirs.code && (compare == Compare::Status || said(&ours) == said(&theirs));
         if same {
-            self.failed = !theirs.status.success();
+            self.failed = theirs.code != Some(0);
             return Ok(());
         }
-        let shown = |output: &Output| format!("{:?}\n{}\n{}", output.status.code(), said(output).0, said(output).1);
+        let shown = |output: &Ended| format!("{:?}\n{}\n{}", output.code, said(output).0, said(output).1);
         Err(format!("differs\n--- ours\n{}\n--- qemu-img's\n{}", shown(&ours), shown(&theirs)).into())
     }
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::signal::{Signal, killpg};
-use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 /// No honest run here takes nearly as long.
@@ -132,16 +132,18 @@ fn reader(pipe: Option<impl Read + Send + 'static>) -> Option<std::thread::JoinH
     }))
 }
 
-/// Waits a moment for the end of all processes of a group.
+/// Waits a moment for the end of all processes of a group, those that became children of this one included.
 pub fn is_gone(group: Pid) -> bool {
     let start = Instant::now();
     let members = Pid::from_raw(-group.as_raw());
     while start.elapsed() < Duration::from_secs(5) {
-        while matches!(waitpid(members, Some(WaitPidFlag::WNOHANG)), Ok(status) if status.pid().is_some()) {}
-        if killpg(group, None).is_err() || !has_live_member(group) {
-            return true;
+        match waitpid(members, Some(WaitPidFlag::WNOHANG)) {
+            // A process whose first thread has ended looks like a zombie while others are still at work.
+            Ok(WaitStatus::StillAlive) => std::thread::sleep(Duration::from_millis(1)),
+            Ok(_) => {}
+            Err(_) if killpg(group, None).is_err() || !has_live_member(group) => return true,
+            Err(_) => std::thread::sleep(Duration::from_millis(1)),
         }
-        std::thread::sleep(Duration::from_millis(1));
     }
     false
 }
