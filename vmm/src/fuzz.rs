@@ -13,7 +13,7 @@ use crate::layout::{BOOT_PAGE, IMAGE_START, Layout, PAGE, REQUEST, TABLES_START}
 use crate::mail::Mail;
 use crate::memory::GuestMemory;
 use crate::stats::Counters;
-use crate::virtio::{Device, DeviceTable, Server};
+use crate::virtio::{Device, DeviceTable, Part, Server};
 
 /// Bytes of each granted file.
 const FILE: u64 = 10_000;
@@ -57,9 +57,9 @@ impl Stage {
         source.write_all_at(&[FILL; FILE as usize], 0).expect("memory");
         let mut devices = DeviceTable::default();
         let read: OwnedFd = source.try_clone().expect("a descriptor").into();
-        devices.push(Device::new(read, FILE, DeviceFlags::empty()));
-        devices.push(Device::new(file().into(), FILE, DeviceFlags::WRITABLE));
-        devices.push(Device::new(file().into(), FILE, DeviceFlags::WRITABLE | DeviceFlags::BLOCK_DEVICE));
+        devices.push(Device::new(read, Part::whole(FILE), DeviceFlags::empty()));
+        devices.push(Device::new(file().into(), Part::whole(FILE), DeviceFlags::WRITABLE));
+        devices.push(Device::new(file().into(), Part::whole(FILE), DeviceFlags::WRITABLE | DeviceFlags::BLOCK_DEVICE));
         Self { memory, devices, source, inputs: 0, heap: layout.heap }
     }
 

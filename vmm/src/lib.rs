@@ -52,7 +52,7 @@ pub use error::{Error, KvmStep, Misbehaviour, Registers};
 pub use instar_guest_protocol::boot::DeviceFlags;
 pub use instar_guest_protocol::ring::RequestKind;
 pub use jail::filter::{AllowedCall, Role as FilterRole, allowed_calls};
-pub use sandbox::{Event, Granted, Sandbox};
+pub use sandbox::{Event, Granted, Sandbox, Window};
 pub use stats::{DeviceTraffic, Phases, Report, Stats, Traffic, Usage};
 pub use virtio::NbdExport;
 

@@ -21,7 +21,7 @@ use crate::memory::GuestMemory;
 use crate::paging;
 use crate::rawio;
 use crate::stats::Phases;
-use crate::virtio::{Device, DeviceTable, NbdExport};
+use crate::virtio::{Device, DeviceTable, NbdExport, Part};
 use crate::vm::{HostPort, Machine, kvm_failure};
 use crate::watchdog::Progress;
 use crate::wire::{Cause, Channel, Failure, Header, Kind, Reason};
@@ -161,7 +161,7 @@ impl Host {
         let mut devices = lock_devices(machine);
         match file {
             Some(file) if devices.len() < MAX_DEVICES => devices.push(match header.min_block {
-                0 => Device::new(file, header.value, flags),
+                0 => Device::new(file, Part::of(header), flags),
                 block => {
                     let (len, flags_of_export) = (header.value, header.transmission);
                     let export = NbdExport { len, flags: flags_of_export, min_block: block.into() };
@@ -200,6 +200,12 @@ impl HostPort for Host {
     fn fail(&self, machine: &Machine, failure: &Failure) -> ! {
         machine.close_files();
         self.report(failure, &machine.log())
+    }
+}
+
+impl Part {
+    fn of(header: &Header) -> Self {
+        Self { base: header.base, end: header.value, fixed: header.fixed != 0 }
     }
 }
 

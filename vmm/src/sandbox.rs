@@ -69,6 +69,15 @@ pub enum Event {
     Exited(Box<Report>),
 }
 
+/// A part of a file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Window {
+    /// Where it begins, bytes.
+    pub offset: u64,
+    /// Its length in bytes, which stays; `None`: to the end of the file, and with it.
+    pub len: Option<u64>,
+}
+
 /// A granted file, as the guest knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Granted {
@@ -121,6 +130,11 @@ impl Sandbox {
     /// `file` must be open for reading, and for writing if `writable`. Without `writable` the guest can't write it even if
     /// it's open for writing.
     pub fn grant(&mut self, file: BorrowedFd<'_>, writable: bool) -> Result<Granted, Error> {
+        self.grant_part(file, writable, Window::default())
+    }
+
+    /// The same for a part of a file: the guest reaches nothing else of it.
+    pub fn grant_part(&mut self, file: BorrowedFd<'_>, writable: bool, window: Window) -> Result<Granted, Error> {
         self.may_grant()?;
         let stat = fstat(file)?;
         let mut flags = if writable { DeviceFlags::WRITABLE } else { DeviceFlags::empty() };
@@ -133,7 +147,7 @@ impl Sandbox {
             _ => return Err(Error::NotAFile),
         };
         let header = Header { value: len, flags: flags.bits(), ..Header::new(Kind::Grant, 0) };
-        self.hand_over(&header, file, len, flags)
+        self.hand_over(header, file, window, flags)
     }
 
     fn may_grant(&self) -> Result<(), Error> {
@@ -146,15 +160,23 @@ impl Sandbox {
 
     fn hand_over(
         &mut self,
-        header: &Header,
+        header: Header,
         file: BorrowedFd<'_>,
-        len: u64,
-        flags: DeviceFlags,
+        window: Window,
+        mut flags: DeviceFlags,
     ) -> Result<Granted, Error> {
-        self.send(header, &[], Some(file))?;
+        let outside = Error::Usage("a part outside of what a file may hold");
+        let base = window.offset;
+        let reach =
+            base.checked_add(window.len.unwrap_or(0)).filter(|end| i64::try_from(*end).is_ok()).ok_or(outside)?;
+        // A file that ends inside of its last sector is as long as its window says, but has no more bytes.
+        let end = if window.len.is_some() { header.value.min(reach) } else { header.value };
+        let fixed = window.len.is_some();
+        self.send(&Header { base, value: end.max(base), fixed: fixed.into(), ..header }, &[], Some(file))?;
         let device = self.granted;
         self.granted += 1;
-        Ok(Granted { device, len, flags })
+        flags.set(DeviceFlags::BLOCK_DEVICE, fixed || flags.contains(DeviceFlags::BLOCK_DEVICE));
+        Ok(Granted { device, len: end.saturating_sub(base), flags })
     }
 
     /// Gives the guest an NBD export, as a device that can't grow: before the start, or before the answer to a message that
@@ -166,7 +188,7 @@ impl Sandbox {
         let flags = DeviceFlags::BLOCK_DEVICE | if writable { DeviceFlags::WRITABLE } else { DeviceFlags::empty() };
         let (value, transmission) = (export.len, export.flags);
         let header = Header { value, flags: flags.bits(), transmission, min_block, ..Header::new(Kind::Grant, 0) };
-        self.hand_over(&header, socket, export.len, flags)
+        self.hand_over(header, socket, Window::default(), flags)
     }
 
     /// Starts the guest with `request`, of at most 256 KiB.

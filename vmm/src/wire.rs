@@ -27,14 +27,19 @@ pub struct Header {
     pub transmission: u16,
     /// See [`Kind`].
     pub min_block: u16,
+    /// See [`Kind`].
+    pub base: u64,
+    /// See [`Kind`].
+    pub fixed: u64,
 }
 
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Kind {
-    /// To the monitor: a file, as ancillary data. `value`: its length; `flags`: device flags. An NBD export: its socket;
-    /// `transmission` and `min_block` as in [`NbdExport`](crate::NbdExport), `min_block` not 0.
+    /// To the monitor: a file, as ancillary data. `base` and `value`: where the part that the guest gets begins and ends, in
+    /// bytes of the file; `fixed`: not 0 if the end stays; `flags`: device flags. An NBD export: its socket; `value`: its
+    /// length; `transmission` and `min_block` as in [`NbdExport`](crate::NbdExport), `min_block` not 0.
     Grant = 1,
     /// To the monitor: the request. The guest starts.
     Start = 2,

@@ -70,9 +70,11 @@ impl Job<'_> {
     }
 
     fn dispatch(self, kind: RequestKind, request: &mut Request<'_>) -> Result<u64, Fault> {
-        let header = request.header;
-        let flags = RequestFlags::from_bits(header.flags).ok_or(Fault::Refused)?;
-        let device = self.devices.get(header.device).ok_or(Fault::Refused)?;
+        let flags = RequestFlags::from_bits(request.header.flags).ok_or(Fault::Refused)?;
+        let device = self.devices.get(request.header.device).ok_or(Fault::Refused)?;
+        // From here on offsets are those of the file.
+        request.header.offset = device.in_file(request.header.offset).ok_or(Fault::Refused)?;
+        let mut header = request.header;
         let direction = match kind {
             RequestKind::Write => Direction::Out,
             RequestKind::Read | RequestKind::Holes => Direction::In,
@@ -104,10 +106,12 @@ impl Job<'_> {
             RequestKind::Holes => holes(device, request),
             RequestKind::Copy => {
                 let target = self.devices.get(header.target_device).ok_or(Fault::Refused)?;
+                header.target_offset = target.in_file(header.target_offset).ok_or(Fault::Refused)?;
                 super::copy::copy(device, target, &header, flags, self.scratch)
             }
             RequestKind::Compare => {
                 let other = self.devices.get(header.target_device).ok_or(Fault::Refused)?;
+                header.target_offset = other.in_file(header.target_offset).ok_or(Fault::Refused)?;
                 super::compare::compare(device, other, &header, self.scratch)
             }
             RequestKind::SetLen => set_len(device, header.offset),
@@ -248,7 +252,7 @@ pub fn write_all(file: BorrowedFd<'_>, mut bytes: &[u8], mut offset: u64) -> rus
 }
 
 fn set_len(device: &Device, len: u64) -> Result<u64, Fault> {
-    if device.is_block_device() || len > i64::MAX as u64 {
+    if !device.grows() || len > i64::MAX as u64 {
         return Err(Fault::Refused);
     }
     device.set_len(len, false)?;
@@ -259,7 +263,7 @@ fn allocate(device: &Device, offset: u64, len: u64, scratch: &mut Scratch) -> Re
     if !device.may_hold(offset, len) {
         return Err(Fault::Refused);
     }
-    if len == 0 || device.is_block_device() {
+    if len == 0 || !device.grows() {
         return Ok(0);
     }
     let end = offset + len;
@@ -327,8 +331,8 @@ fn holes(device: &Device, request: &mut Request<'_>) -> Result<u64, Fault> {
     while at < end && count < room {
         // What is past the end counts as a hole.
         let run = if at < file_end { run_at(device, at)? } else { Run { end, data: false } };
-        // A hole at the end of the file goes on behind it.
-        let run_end = if !run.data && run.end >= file_end { end } else { run.end.min(end) };
+        // A hole at the end goes on behind it; data that go on behind it are not the guest's.
+        let run_end = if !run.data && run.end >= file_end { end } else { run.end.min(file_end.max(at)).min(end) };
         request.data.put(HoleRun { len: run_end - at, data: u64::from(run.data) }.as_bytes());
         at = run_end;
         count += 1;

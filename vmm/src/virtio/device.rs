@@ -34,7 +34,7 @@ impl DeviceTable {
 
     /// What the guest is told about each.
     pub fn infos(&self) -> Vec<DeviceInfo> {
-        self.0.iter().map(|device| DeviceInfo { len: device.len(), flags: device.flags.bits(), reserved: 0 }).collect()
+        self.0.iter().map(Device::info).collect()
     }
 
     /// What was done with each.
@@ -48,12 +48,35 @@ impl DeviceTable {
     }
 }
 
-/// A granted file.
+/// Which bytes of a file a device has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// The first one.
+    pub base: u64,
+    /// The first one behind.
+    pub end: u64,
+    /// It can't grow.
+    pub fixed: bool,
+}
+
+impl Part {
+    /// A whole file of `len` bytes.
+    pub fn whole(len: u64) -> Self {
+        Self { base: 0, end: len, fixed: false }
+    }
+}
+
+/// A granted file, or a part of one. The guest counts from the beginning of the part; here offsets count from that of the file,
+/// into which [`in_file`](Self::in_file) translates.
 #[derive(Debug)]
 pub struct Device {
     backend: Backend,
     flags: DeviceFlags,
-    /// Bytes; grows with writes.
+    /// Where the guest's part begins.
+    base: u64,
+    /// The guest's part can't grow.
+    fixed: bool,
+    /// Where it ends; grows with writes.
     len: AtomicU64,
     /// Held exclusively while the length is set, shared while a write may extend the file.
     length_changes: RwLock<()>,
@@ -88,22 +111,25 @@ pub struct Lacks {
 }
 
 impl Device {
-    /// A file of `len` bytes.
-    pub fn new(file: OwnedFd, len: u64, flags: DeviceFlags) -> Self {
-        Self::over(Backend::File(file), len, flags, Lacks::default())
+    /// A part of a file.
+    pub fn new(file: OwnedFd, part: Part, flags: DeviceFlags) -> Self {
+        Self::over(Backend::File(file), part, flags, Lacks::default())
     }
 
     /// An NBD export.
     pub fn of_nbd(socket: OwnedFd, export: NbdExport, flags: DeviceFlags) -> Self {
         let nbd = Backend::Nbd(Nbd::new(socket, export));
-        Self::over(nbd, export.len, flags | DeviceFlags::BLOCK_DEVICE, Lacks::all())
+        Self::over(nbd, Part::whole(export.len), flags | DeviceFlags::BLOCK_DEVICE, Lacks::all())
     }
 
-    fn over(backend: Backend, len: u64, flags: DeviceFlags, lacks: Lacks) -> Self {
+    fn over(backend: Backend, part: Part, flags: DeviceFlags, lacks: Lacks) -> Self {
+        let Part { base, end, fixed } = part;
         Self {
             backend,
             flags,
-            len: AtomicU64::new(len),
+            base,
+            fixed,
+            len: AtomicU64::new(end.max(base)),
             length_changes: RwLock::new(()),
             turns: Turns::default(),
             lacks,
@@ -127,7 +153,20 @@ impl Device {
         }
     }
 
-    /// Bytes, as far as known.
+    /// What the guest is told.
+    fn info(&self) -> DeviceInfo {
+        let mut flags = self.flags;
+        // What can't grow is to the guest as a block device is.
+        flags.set(DeviceFlags::BLOCK_DEVICE, !self.grows());
+        DeviceInfo { len: self.len().saturating_sub(self.base), flags: flags.bits(), reserved: 0 }
+    }
+
+    /// An offset of the guest's, in the file; `None`: no file reaches that far.
+    pub fn in_file(&self, offset: u64) -> Option<u64> {
+        self.base.checked_add(offset)
+    }
+
+    /// Bytes from the beginning of the file to the end of the guest's part, as far as known.
     pub fn len(&self) -> u64 {
         self.len.load(Ordering::Acquire)
     }
@@ -137,14 +176,19 @@ impl Device {
         self.flags.contains(DeviceFlags::WRITABLE)
     }
 
-    /// Can't grow.
+    /// It is no regular file.
     pub fn is_block_device(&self) -> bool {
         self.flags.contains(DeviceFlags::BLOCK_DEVICE)
     }
 
-    /// Whether `offset..offset + len` may be written: inside a block device, anywhere that a file may reach.
+    /// Its end can be moved.
+    pub fn grows(&self) -> bool {
+        !self.fixed && !self.is_block_device()
+    }
+
+    /// Whether `offset..offset + len` may be written: inside of what can't grow, anywhere that a file may reach.
     pub fn may_hold(&self, offset: u64, len: u64) -> bool {
-        let limit = if self.is_block_device() { self.len() } else { i64::MAX as u64 };
+        let limit = if self.grows() { i64::MAX as u64 } else { self.len() };
         offset.checked_add(len).is_some_and(|end| end <= limit)
     }
 

@@ -13,7 +13,7 @@ mod request;
 mod transport;
 mod turns;
 
-pub use device::{Device, DeviceTable};
+pub use device::{Device, DeviceTable, Part};
 pub use nbd::NbdExport;
 pub use request::{KINDS, kind_index};
 pub use transport::{Server, offered_words};

@@ -105,8 +105,10 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     use instar_guest_protocol::boot::DeviceFlags;
-    use instar_guest_protocol::ring::{RequestHeader, STATUS_IO_ERROR, STATUS_OK, STATUS_REFUSED};
+    use instar_guest_protocol::ring::{RequestHeader, RequestKind, STATUS_IO_ERROR, STATUS_OK, STATUS_REFUSED};
     use proptest::prelude::*;
+
+    use crate::virtio::Part;
 
     use super::super::device::Device;
     use super::*;
@@ -145,7 +147,7 @@ mod tests {
         let place = || prop_oneof![8 => 0u64..20_000, 1 => any::<u64>()];
         // Not larger: zeroes may really be written.
         let len = prop_oneof![8 => 0u64..20_000, 1 => (1u64 << 63)..u64::MAX];
-        let device = || prop_oneof![8 => 0u32..2, 1 => any::<u32>()];
+        let device = || prop_oneof![8 => 0u32..3, 1 => any::<u32>()];
         let granularity = prop_oneof![Just(512), Just(4096), Just(16 << 20), any::<u32>()];
         (kind, device(), place(), len, 0u32..5, device(), place(), granularity).prop_map(
             |(kind, device, offset, len, flags, target_device, target_offset, granularity)| RequestHeader {
@@ -163,14 +165,30 @@ mod tests {
         )
     }
 
-    fn files() -> (DeviceTable, File, File) {
-        let (source, target) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
-        source.write_all_at(&[0x5a; 10_000], 0).unwrap();
-        target.write_all_at(&[0xa5; 10_000], 0).unwrap();
+    /// The part of the third file that the guest gets.
+    const PART: Part = Part { base: 3000, end: 7000, fixed: true };
+
+    /// A file to be read, one to be written, and one of which a part may be written.
+    fn files() -> (DeviceTable, File, File, File) {
+        let file = |byte| {
+            let file = tempfile::tempfile().unwrap();
+            file.write_all_at(&[byte; 10_000], 0).unwrap();
+            file
+        };
+        let (source, target, whole) = (file(0x5a), file(0xa5), file(0x77));
         let mut table = DeviceTable::default();
-        table.push(Device::new(source.try_clone().unwrap().into(), 10_000, DeviceFlags::empty()));
-        table.push(Device::new(target.try_clone().unwrap().into(), 10_000, DeviceFlags::WRITABLE));
-        (table, source, target)
+        table.push(Device::new(source.try_clone().unwrap().into(), Part::whole(10_000), DeviceFlags::empty()));
+        table.push(Device::new(target.try_clone().unwrap().into(), Part::whole(10_000), DeviceFlags::WRITABLE));
+        table.push(Device::new(whole.try_clone().unwrap().into(), PART, DeviceFlags::WRITABLE));
+        (table, source, target, whole)
+    }
+
+    /// What lies around the part is as it was.
+    fn is_intact_around(whole: &File) -> bool {
+        let mut bytes = vec![0; 10_001];
+        let len = whole.read_at(&mut bytes, 0).unwrap();
+        let around = [0..PART.base as usize, PART.end as usize..10_000];
+        len == 10_000 && around.into_iter().all(|range| bytes[range].iter().all(|byte| *byte == 0x77))
     }
 
     proptest! {
@@ -186,7 +204,7 @@ mod tests {
             kicks in 1usize..3,
         ) {
             let memory = sample();
-            let (table, source, _target) = files();
+            let (table, source, _target, whole) = files();
             let words = TransportWords {
                 driver_features: VERSION_1,
                 status: DRIVER_OK,
@@ -220,13 +238,14 @@ mod tests {
             let mut bytes = vec![0; 10_001];
             prop_assert_eq!(source.read_at(&mut bytes, 0).unwrap(), 10_000);
             prop_assert!(bytes[..10_000].iter().all(|byte| *byte == 0x5a));
+            prop_assert!(is_intact_around(&whole));
         }
 
         /// A well-formed chain always gets a status, whatever its header says.
         #[test]
         fn any_header_gets_a_status(header in headers(), data in prop::option::of((0u32..5000, any::<bool>()))) {
             let memory = sample();
-            let (table, _source, _target) = files();
+            let (table, _source, _target, whole) = files();
             memory.write(HEADERS, &header).unwrap();
             memory.write(DATA, &u32::MAX).unwrap();
             let mut chain = vec![super::super::queue::Descriptor { addr: HEADERS, len: 48, write: false }];
@@ -236,6 +255,65 @@ mod tests {
             let status = Job { devices: &table, scratch: &mut Scratch::default() }.run(request, &Counters::default());
             prop_assert!([STATUS_OK, STATUS_IO_ERROR, STATUS_REFUSED].contains(&status.status));
             prop_assert_eq!(status.errno != 0, status.status == STATUS_IO_ERROR);
+            prop_assert!(is_intact_around(&whole));
         }
+    }
+
+    /// Serves a request on the part of a file, with `data` bytes for the guest or from it.
+    fn serve_part(header: RequestHeader, data: u32) -> (u32, u64, Vec<u8>) {
+        let memory = sample();
+        let (table, _source, _target, whole) = files();
+        whole.write_all_at(b"first", PART.base).unwrap();
+        whole.write_all_at(b"last", PART.end - 4).unwrap();
+        memory.write(HEADERS, &RequestHeader { device: 2, ..header }).unwrap();
+        let write = header.kind != RequestKind::Write as u32;
+        let mut chain = vec![super::super::queue::Descriptor { addr: HEADERS, len: 48, write: false }];
+        if data > 0 {
+            chain.push(super::super::queue::Descriptor { addr: DATA + 64, len: data, write });
+        }
+        chain.push(super::super::queue::Descriptor { addr: DATA, len: 16, write: true });
+        let request = Request::parse(&chain, &memory).unwrap();
+        let status = Job { devices: &table, scratch: &mut Scratch::default() }.run(request, &Counters::default());
+        assert!(is_intact_around(&whole));
+        (status.status, status.value, memory.read::<[u8; 8]>(DATA + 64).unwrap()[..data.min(8) as usize].to_vec())
+    }
+
+    #[test]
+    fn a_part_of_a_file_is_all_there_is() {
+        let request = |kind: RequestKind, offset, len| RequestHeader {
+            kind: kind as u32,
+            offset,
+            len,
+            ..RequestHeader::default()
+        };
+        let len = PART.end - PART.base;
+        assert_eq!(serve_part(request(RequestKind::Read, 0, 5), 5), (STATUS_OK, 0, b"first".to_vec()));
+        assert_eq!(serve_part(request(RequestKind::Read, len - 4, 4), 4), (STATUS_OK, 0, b"last".to_vec()));
+        assert_eq!(serve_part(request(RequestKind::Write, len - 4, 4), 4).0, STATUS_OK);
+        for (kind, offset, data) in [
+            (RequestKind::Read, len - 3, 4),
+            (RequestKind::Read, len, 1),
+            (RequestKind::Read, u64::MAX - 2, 2),
+            (RequestKind::Read, 0u64.wrapping_sub(PART.base), 4),
+            (RequestKind::Write, len - 3, 4),
+            (RequestKind::Write, len, 1),
+            (RequestKind::Write, 0u64.wrapping_sub(PART.base), 4),
+            (RequestKind::WriteZeroes, len - 3, 0),
+            (RequestKind::WriteZeroes, 0u64.wrapping_sub(PART.base), 0),
+            (RequestKind::Discard, len - 3, 0),
+            (RequestKind::Allocate, len - 3, 0),
+            (RequestKind::SetLen, len + 1, 0),
+            (RequestKind::SetLen, 0, 0),
+        ] {
+            let wanted = request(kind, offset, if data > 0 { u64::from(data) } else { 4 });
+            assert_eq!(serve_part(wanted, data).0, STATUS_REFUSED, "{kind:?} at {offset}");
+        }
+        // What lies behind the part is zero to those that may look there, and a hole.
+        let to_itself = RequestHeader { target_device: 2, target_offset: 0, ..request(RequestKind::Copy, len - 4, 8) };
+        assert_eq!(serve_part(to_itself, 0).0, STATUS_OK);
+        let outside = RequestHeader { target_device: 2, target_offset: len - 4, ..request(RequestKind::Copy, 0, 8) };
+        assert_eq!(serve_part(outside, 0).0, STATUS_REFUSED);
+        let (status, runs, run) = serve_part(request(RequestKind::Holes, 0, len + 100), 32);
+        assert_eq!((status, runs, run), (STATUS_OK, 2, len.to_ne_bytes().to_vec()), "data up to the end of the part");
     }
 }
