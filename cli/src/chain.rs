@@ -1,6 +1,5 @@
 //! `info --chain`: a backing chain, followed and validated by the policy, each image in a sandbox of its own.
 
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use instar_guest_protocol::limits::MAX_CHAIN_DEPTH;
@@ -13,7 +12,7 @@ use crate::confine::Confinement;
 use crate::files::Access;
 use crate::formats;
 use crate::image_opts::ImageSpec;
-use crate::open::{Opened, join_name, open_to_read};
+use crate::open::{Opened, join_name};
 use crate::output::human;
 use crate::output::node::Node;
 use crate::problem::{Problem, printable};
@@ -58,7 +57,7 @@ impl Chain {
         let mut confinement = settings.confinement()?;
         let path = Path::new(&image.file);
         let given = |problem: Problem| problem.within(format!("Could not open '{}'", image.given));
-        let mut file = open_to_read(path).map_err(given)?;
+        let mut file = Opened::of_spec(image, false).map_err(given)?;
         lock(&mut file, access, image.force_share, &image.file).map_err(given)?;
         let home = confinement.allow_home_of(path)?;
         let mut hop = Hop { name: image.file.clone(), file, home, format: image.format };
@@ -149,7 +148,7 @@ fn lock(file: &mut Opened, access: Access, force_share: bool, name: &str) -> Res
 /// Describes one image.
 fn describe(settings: &Settings, hop: &Hop) -> Result<ImageInfo, Problem> {
     let mut machine = Vm::spawn_to_read(guest::INFO, &settings.limits, Work::Headers)?;
-    let device = machine.grant(hop.file.fd.as_fd(), false)?.device;
+    let device = hop.file.grant(&mut machine, false)?.device;
     let named_dmg = hop.name.ends_with(".dmg");
     let image = Source { device, format: hop.format.into(), named_dmg, ..Source::default() };
     let operation = request::Operation::Info(InfoRequest { image, chain: false, safety: true });

@@ -195,8 +195,7 @@ impl Files {
             false => self.confinement.allow_home_of(Path::new(&spec.file))?,
         };
         let granted = file.grant(machine, writable)?;
-        // Of a device only the grant tells it.
-        file.stat.len = granted.len;
+        file.note_len(&granted);
         let header = match &spec.header {
             Some(name) => Some(self.grant_header(machine, name, (access, spec.force_share), writable)?),
             None => None,
@@ -224,7 +223,7 @@ impl Files {
         };
         let home = self.confinement.allow_home_of(path)?;
         let granted = file.grant(machine, writable)?;
-        file.stat.len = granted.len;
+        file.note_len(&granted);
         let (name, origin) = (name.to_owned(), Origin::Operator);
         self.records.insert(
             granted.device,
@@ -291,7 +290,7 @@ impl Files {
             false => take_locks(&mut file, access.purpose, wanted.format(), shown)?,
         };
         let granted = file.grant(machine, false)?;
-        file.stat.len = granted.len;
+        file.note_len(&granted);
         self.records.insert(
             granted.device,
             Record { name, file, origin, home: confined.dir, depth, lock_problem, data_file: None, header: None },
@@ -315,7 +314,7 @@ impl Files {
         let (depth, home, name) = (*depth, home.clone(), named.name.clone());
         let (mut file, granted) = open_data(machine, &name, named.writable, access)?;
         named.granted = Some(granted);
-        file.stat.len = granted.len;
+        file.note_len(&granted);
         let origin = Origin::Data(wanted.referrer);
         let record = Record { name, file, origin, home, depth, lock_problem: None, data_file: None, header: None };
         self.records.insert(granted.device, record);
@@ -338,7 +337,7 @@ impl Files {
             let mut file = Opened::new(fd, confined.stat);
             file.lock(Purpose::Write, &shown)?;
             let granted = file.grant(machine, true)?;
-            file.stat.len = granted.len;
+            file.note_len(&granted);
             Ok((file, granted))
         };
         Some(written().map(|(file, granted)| {

@@ -151,7 +151,8 @@ fn any_answer_is_told_without_control_bytes() {
         if let Ok(info) = ImageInfo::decode(bytes) {
             let described = Described {
                 info: &info,
-                shown: "a",
+                shown: "a".to_owned(),
+                layers: Vec::new(),
                 file: "a",
                 stat,
                 own_allocated: stat.allocated,

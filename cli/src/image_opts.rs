@@ -4,6 +4,7 @@ use instar_guest_protocol::message::{Format, VhdSize};
 use serde_json::Value;
 
 use crate::formats::{self, Driver};
+use crate::layer::{Layer, RawNode, Slice};
 use crate::messages;
 use crate::nbd::Address;
 use crate::open;
@@ -39,6 +40,12 @@ pub struct ImageSpec {
     pub null: Option<NullDevice>,
     /// The file that holds its data, if the operator names it.
     pub data_file: Option<String>,
+    /// The part that it is of what lies below, if it is raw.
+    pub slice: Slice,
+    /// The nodes between it and the file, its own child first.
+    pub layers: Vec<Layer>,
+    /// The node below in JSON, if the name of the image depends on its format, which is to be found out.
+    unprobed: Option<String>,
 }
 
 /// A disk of zeroes that keeps nothing.
@@ -106,11 +113,11 @@ impl ImageSpec {
     /// The message, complete.
     pub fn of_file(name: &str, format: Option<&str>) -> Result<Self, Problem> {
         let parsed = match name.strip_prefix("json:") {
-            Some(json) => parse_json(json).and_then(|mut keys| {
+            Some(json) => parse_json(json).and_then(|mut settings| {
                 if let Some(format) = format {
-                    keys.push(("driver".to_owned(), format.to_owned()));
+                    settings.push(Setting::new("driver", format));
                 }
-                Self::of_keys(name, &keys)
+                Self::of_settings(name, settings)
             }),
             None => Self::plain(name, format),
         };
@@ -149,9 +156,12 @@ impl ImageSpec {
         let parsed = match elements.first() {
             Some((name, None)) => Err(no_node(name)),
             _ => {
-                let keys: Vec<(String, String)> =
-                    elements.into_iter().map(|(key, value)| (key, value.unwrap_or_else(|| "on".to_owned()))).collect();
-                Self::of_keys(opts, &keys)
+                let settings = elements.into_iter().map(|(key, value)| Setting {
+                    value: value.unwrap_or_else(|| "on".to_owned()),
+                    key,
+                    bare: false,
+                });
+                Self::of_settings(opts, settings.collect())
             }
         };
         parsed.map_err(|problem| problem.within(format!("Could not open '{opts}'")))
@@ -179,22 +189,7 @@ impl ImageSpec {
             return Ok(Self::of_nbd(name, address, format, None));
         }
         let path = open::path_of(name)?;
-        let file = path.display().to_string();
-        Ok(Self {
-            given: name.to_owned(),
-            shown: file.clone(),
-            file,
-            format,
-            force_share: false,
-            nbd: None,
-            key_secret: None,
-            backing_secrets: Vec::new(),
-            header: None,
-            vhd_size: VhdSize::ByCreator,
-            read_only: false,
-            null: None,
-            data_file: None,
-        })
+        Ok(Self::of_nowhere(name, path.display().to_string(), format))
     }
 
     fn of_nbd(given: &str, address: Address, format: Format, key_secret: Option<String>) -> Self {
@@ -202,7 +197,7 @@ impl ImageSpec {
         Self { nbd: Some(address), key_secret, ..Self::of_nowhere(given, shown, format) }
     }
 
-    /// What is no file, and how QEMU names it.
+    /// What is named, and how QEMU names it.
     fn of_nowhere(given: &str, shown: String, format: Format) -> Self {
         Self {
             given: given.to_owned(),
@@ -218,15 +213,49 @@ impl ImageSpec {
             read_only: false,
             null: None,
             data_file: None,
+            slice: Slice::default(),
+            layers: Vec::new(),
+            unprobed: None,
         }
     }
 
-    fn of_keys(given: &str, keys: &[(String, String)]) -> Result<Self, Problem> {
+    fn of_settings(given: &str, mut settings: Vec<Setting>) -> Result<Self, Problem> {
         let mut found = Keys::default();
-        for (key, value) in keys {
-            found.take(key, value)?;
+        while let Some(node) = found.peel(&mut settings)? {
+            found.below.push(node);
+        }
+        for setting in &settings {
+            found.take(setting)?;
         }
         found.finish(given)
+    }
+
+    /// How QEMU names the image, which turned out to be of this format.
+    pub fn shown_as(&self, format: Format) -> String {
+        match &self.unprobed {
+            Some(below) => format!("json:{{\"driver\": \"{}\", \"file\": {below}}}", formats::name(format)),
+            None => self.shown.clone(),
+        }
+    }
+
+    /// Whether its length was given, and stays.
+    pub fn has_fixed_size(&self) -> bool {
+        self.slice.size.is_some() || self.layers.iter().any(|layer| layer.slice.size.is_some())
+    }
+}
+
+/// An option of an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Setting {
+    key: String,
+    value: String,
+    /// A number or truth value of JSON.
+    bare: bool,
+}
+
+impl Setting {
+    fn new(key: impl Into<String>, value: impl Into<String>) -> Self {
+        Self { key: key.into(), value: value.into(), bare: false }
     }
 }
 
@@ -237,6 +266,8 @@ struct Keys {
     file_driver: Option<String>,
     file_name: Option<String>,
     has_file: bool,
+    /// Something is said of what lies below the file.
+    has_inner_file: bool,
     own_name: Option<String>,
     encryption: Vec<(String, String)>,
     backing_secrets: Vec<(u32, String)>,
@@ -254,6 +285,10 @@ struct Keys {
     refused: Option<String>,
     /// All of them, as given.
     given: Vec<(String, String)>,
+    /// Of a raw image.
+    part: RawNode,
+    /// The nodes between the image and its file, its own child first.
+    below: Vec<RawNode>,
 }
 
 /// What is said of the file with the LUKS header.
@@ -267,8 +302,44 @@ struct Header {
 }
 
 impl Keys {
-    fn take(&mut self, key: &str, value: &str) -> Result<(), Problem> {
+    /// Takes the child of the image away, if it is a raw node: what lies below that is the child then.
+    fn peel(&mut self, settings: &mut Vec<Setting>) -> Result<Option<RawNode>, Problem> {
+        let driver = settings.iter().rev().find(|setting| setting.key == "file.driver");
+        if driver.is_none_or(|driver| driver.value != "raw") {
+            return Ok(None);
+        }
+        let (mut node, mut has_file, mut unknown) = (RawNode::default(), false, None);
+        for setting in std::mem::take(settings) {
+            let Setting { key, value, bare } = &setting;
+            match key.strip_prefix("file.") {
+                None => settings.push(setting),
+                Some(below) if below.starts_with("file.") => {
+                    has_file = true;
+                    settings.push(Setting { key: below.to_owned(), ..setting });
+                }
+                Some("driver") => {}
+                Some("file") => return Err(no_node(value)),
+                Some("force-share") => self.force_share |= switch("force-share", value)?,
+                Some("discard" | "detect-zeroes") => {}
+                Some(own) if COMMON.contains(&own) => check_common(own, value)?,
+                Some(own) if node.take(own, value, *bare) => {}
+                Some(own) => unknown = Some(own.to_owned()),
+            }
+        }
+        match unknown {
+            _ if !has_file => Err(no_device()),
+            Some(key) => Err(Problem::new(format!("Block format 'raw' does not support the option '{key}'"))),
+            None => Ok(Some(node)),
+        }
+    }
+
+    fn take(&mut self, setting: &Setting) -> Result<(), Problem> {
+        let Setting { key, value, bare } = setting;
+        let (key, value) = (key.as_str(), value.as_str());
         self.given.push((key.to_owned(), value.to_owned()));
+        if self.part.take(key, value, *bare) {
+            return Ok(());
+        }
         match key {
             "driver" => self.driver = Some(value.to_owned()),
             "file" | "data-file" | "header" => return Err(no_node(value)),
@@ -340,7 +411,7 @@ impl Keys {
             "force-share" => self.force_share |= switch("file.force-share", value)?,
             _ if COMMON.contains(&key) => check_common(key, value)?,
             _ if OF_FILE.contains(&key) => {}
-            _ if key.starts_with("file.") => self.refused = Some(format!("file.{key}")),
+            _ if key.starts_with("file.") => self.has_inner_file = true,
             _ => self.unknown_of_file = Some(key.to_owned()),
         }
         Ok(())
@@ -400,7 +471,7 @@ impl Keys {
     }
 
     /// The disk that is stored nowhere, if it is one by itself or below a format; and how QEMU names it.
-    fn null(&self) -> Result<Option<(NullDevice, Format, String, String)>, Problem> {
+    fn null(&self) -> Result<Option<(NullDevice, Format, String)>, Problem> {
         let (prefix, driver) = match (self.driver.as_deref(), self.file_driver.as_deref()) {
             (Some(driver), _) if null_driver(driver).is_some() => ("", driver),
             (_, Some(driver)) => ("file.", driver),
@@ -411,16 +482,10 @@ impl Keys {
         let own: Vec<(&str, &str)> = own.filter(|(key, _)| prefix.is_empty() || *key != "driver").collect();
         let (null, name) = NullDevice::of_options(driver, &own)?;
         if prefix.is_empty() {
-            return Ok(Some((null, Format::File, name.clone(), name)));
+            return Ok(Some((null, Format::File, name)));
         }
         let format = self.driver.as_deref().map_or(Ok(Format::Unknown), driver_format)?;
-        let shown = match (name.strip_prefix("json:"), &self.driver) {
-            (Some(below), Some(driver)) => {
-                format!("json:{{\"driver\": {}, \"file\": {below}}}", Value::from(driver.as_str()))
-            }
-            _ => name.clone(),
-        };
-        Ok(Some((null, format, name, shown)))
+        Ok(Some((null, format, name)))
     }
 
     /// The address, if it is an NBD export by itself (`driver=nbd`) or below a format (`file.driver=nbd`).
@@ -472,10 +537,18 @@ impl Keys {
 
     fn finish(self, given: &str) -> Result<ImageSpec, Problem> {
         if let Some((address, format)) = self.nbd()? {
+            if !self.below.is_empty() || self.part != RawNode::default() {
+                return Err(Problem::new("A part of an NBD export is not provided by this version"));
+            }
             return Ok(ImageSpec::of_nbd(given, address, format, self.key_secret()));
         }
-        if let Some((null, format, file, shown)) = self.null()? {
-            return Ok(ImageSpec { null: Some(null), shown, ..ImageSpec::of_nowhere(given, file, format) });
+        if let Some((null, format, file)) = self.null()? {
+            let leaf = match file.strip_prefix("json:") {
+                Some(json) => json.to_owned(),
+                None => format!("{{\"driver\": \"{}\"}}", null.driver),
+            };
+            let spec = ImageSpec { null: Some(null), ..ImageSpec::of_nowhere(given, file, format) };
+            return if format == Format::File { Ok(spec) } else { self.placed(spec, &leaf, &[], None) };
         }
         let data_file = self.data_file()?;
         if self.unmaps && !self.discard {
@@ -497,7 +570,10 @@ impl Keys {
         let format = driver.map_or(Ok(Format::Unknown), driver_format)?;
         let named = match format {
             Format::File => self.own_name.as_deref(),
-            _ if !self.has_file => return Err(Problem::new("A block device must be specified for \"file\"")),
+            _ if !self.has_file => return Err(no_device()),
+            _ if self.has_inner_file && self.file_driver.is_none() => {
+                return Err(Problem::new("Must specify either driver or file"));
+            }
             _ => self.file_name.as_deref(),
         };
         if let Some(below) = &self.file_driver {
@@ -510,12 +586,23 @@ impl Keys {
         let file = named.filter(|name| !name.is_empty());
         let file = file.ok_or_else(|| Problem::new("The 'file' block driver requires a file name"))?;
         let format_name = driver.unwrap_or("raw");
+        let raw_only = self.part.key().filter(|_| format != Format::Raw);
+        match (format, raw_only) {
+            (Format::Unknown, Some(key)) => {
+                return Err(Problem::new(format!("The option '{key}' is not provided without driver=raw")));
+            }
+            (Format::File, Some(key)) => {
+                return Err(Problem::new(format!("Block protocol 'file' doesn't support the option '{key}'")));
+            }
+            _ => {}
+        }
         let named = self.data.first().map(|(key, _)| format!("data-file.{key}"));
         let qcow2_only = named.as_deref().filter(|_| !matches!(format, Format::Qcow2 | Format::Unknown));
         let vhd_only = self.size_calc.as_ref().filter(|_| format != Format::Vpc).and(Some("force_size_calc"));
         let unknown = self
             .unknown
             .as_deref()
+            .or(raw_only)
             .or(qcow2_only)
             .or(vhd_only)
             .or(self.own_name.as_deref().filter(|_| format != Format::File).and(Some("filename")))
@@ -537,24 +624,49 @@ impl Keys {
             Some("current_size") => VhdSize::Current,
             Some(word) => return Err(Problem::new(format!("Invalid size calculation mode: '{word}'"))),
         };
-        let mut strong = self.encryption;
-        strong.extend(self.size_calc.map(|value| ("force_size_calc".to_owned(), value)));
-        let is_plain = key_secret.is_none() && vhd_size == VhdSize::ByCreator;
-        Ok(ImageSpec {
-            given: given.to_owned(),
-            file: file.to_owned(),
-            shown: if is_plain { file.to_owned() } else { json_name(&strong, driver, header.as_deref(), file) },
-            format,
+        let mut strong = self.encryption.clone();
+        strong.extend(self.size_calc.clone().map(|value| ("force_size_calc".to_owned(), value)));
+        let leaf = format!("{{\"driver\": \"file\", \"filename\": {}}}", Value::from(file));
+        let spec = ImageSpec {
             force_share: self.force_share || self.unshared,
-            nbd: None,
             key_secret,
-            backing_secrets: self.backing_secrets,
-            header,
+            backing_secrets: self.backing_secrets.clone(),
+            header: header.clone(),
             vhd_size,
             read_only: self.read_only,
-            null: None,
             data_file,
-        })
+            ..ImageSpec::of_nowhere(given, file.to_owned(), format)
+        };
+        self.placed(spec, &leaf, &strong, header.as_deref())
+    }
+
+    /// The image over the node `leaf` (JSON) and the nodes between them, with its name.
+    fn placed(
+        &self,
+        spec: ImageSpec,
+        leaf: &str,
+        strong: &[(String, String)],
+        header: Option<&str>,
+    ) -> Result<ImageSpec, Problem> {
+        // A raw node has the name of its file if it shows all of that, and nothing lies between.
+        let is_named = |node: &RawNode, below: &str| {
+            *node == RawNode::default() && below == leaf && !spec.file.starts_with("json:")
+        };
+        let mut below = leaf.to_owned();
+        let mut layers = Vec::new();
+        for node in self.below.iter().rev() {
+            let json = node.json(&below);
+            let shown = if is_named(node, &below) { spec.file.clone() } else { format!("json:{json}") };
+            layers.insert(0, Layer { shown, slice: node.slice()? });
+            below = json;
+        }
+        let slice = self.part.slice()?;
+        if strong.is_empty() && is_named(&self.part, &below) {
+            return Ok(spec);
+        }
+        let shown = json_name(strong, self.driver.as_deref(), &self.part, header, &below);
+        let unprobed = (self.driver.is_none() && strong.is_empty()).then_some(below);
+        Ok(ImageSpec { shown, slice, layers, unprobed, ..spec })
     }
 }
 
@@ -569,7 +681,7 @@ const QCOW2_SWITCHES: &[&str] =
 const QCOW2_SIZES: &[&str] =
     &["cache-clean-interval", "cache-size", "l2-cache-entry-size", "l2-cache-size", "refcount-cache-size"];
 /// Options of qemu-img that this version lacks.
-const NOT_PROVIDED: &[&str] = &["backing", "offset", "size"];
+const NOT_PROVIDED: &[&str] = &["backing"];
 
 fn check_common(key: &str, value: &str) -> Result<(), Problem> {
     match key {
@@ -606,6 +718,10 @@ fn wanted_name(driver: &str) -> Option<String> {
     })
 }
 
+fn no_device() -> Problem {
+    Problem::new("A block device must be specified for \"file\"")
+}
+
 fn no_node(name: &str) -> Problem {
     Problem::new(format!("Cannot find device='{name}' nor node-name='{name}'"))
 }
@@ -628,20 +744,28 @@ pub fn driver_format(name: &str) -> Result<Format, Problem> {
 }
 
 /// How QEMU names an image whose options do not fit into a file name.
-fn json_name(encryption: &[(String, String)], driver: Option<&str>, header: Option<&str>, file: &str) -> String {
+fn json_name(
+    encryption: &[(String, String)],
+    driver: Option<&str>,
+    part: &RawNode,
+    header: Option<&str>,
+    below: &str,
+) -> String {
     let quote = |text: &str| Value::from(text).to_string();
     let encryption: Vec<String> =
         encryption.iter().map(|(key, value)| format!("{}: {}", quote(key), quote(value))).collect();
     // QEMU's hash of the names decides about the order.
     let last = driver == Some("luks");
     let mut members: Vec<String> = if last { Vec::new() } else { encryption.clone() };
-    let of_file =
-        |node: &str, name: &str| format!("\"{node}\": {{\"driver\": \"file\", \"filename\": {}}}", quote(name));
-    members.extend(header.map(|name| of_file("header", name)));
+    let of_header = |name: &str| format!("\"header\": {{\"driver\": \"file\", \"filename\": {}}}", quote(name));
+    members.extend(header.map(of_header));
+    let [offset, size] = part.members();
+    members.extend(offset);
     if let Some(driver) = driver {
         members.push(format!("\"driver\": {}", quote(driver)));
     }
-    members.push(of_file("file", file));
+    members.extend(size);
+    members.push(format!("\"file\": {below}"));
     if last {
         members.extend(encryption);
     }
@@ -649,7 +773,7 @@ fn json_name(encryption: &[(String, String)], driver: Option<&str>, header: Opti
 }
 
 /// Flattens the JSON of a `json:` name into dotted keys.
-fn parse_json(text: &str) -> Result<Vec<(String, String)>, Problem> {
+fn parse_json(text: &str) -> Result<Vec<Setting>, Problem> {
     let bad = |reason: String| Problem::new(format!("Could not parse the JSON options: {reason}"));
     if text.trim().is_empty() {
         return Err(bad("Expecting a JSON value".to_owned()));
@@ -697,7 +821,7 @@ fn double_quoted(text: &str) -> String {
     out
 }
 
-fn flatten(prefix: &str, members: serde_json::Map<String, Value>, keys: &mut Vec<(String, String)>) {
+fn flatten(prefix: &str, members: serde_json::Map<String, Value>, keys: &mut Vec<Setting>) {
     for (name, value) in members {
         let key = format!("{prefix}{name}");
         match value {
@@ -706,9 +830,9 @@ fn flatten(prefix: &str, members: serde_json::Map<String, Value>, keys: &mut Vec
                 let items = items.into_iter().enumerate().map(|(at, item)| (at.to_string(), item)).collect();
                 flatten(&format!("{key}."), items, keys);
             }
-            Value::String(text) => keys.push((key, text)),
-            Value::Bool(on) => keys.push((key, if on { "on" } else { "off" }.to_owned())),
-            other => keys.push((key, other.to_string())),
+            Value::String(text) => keys.push(Setting::new(key, text)),
+            Value::Bool(on) => keys.push(Setting { bare: true, ..Setting::new(key, if on { "on" } else { "off" }) }),
+            other => keys.push(Setting { bare: true, ..Setting::new(key, other.to_string()) }),
         }
     }
 }
@@ -766,10 +890,55 @@ mod tests {
             ("filename=a", "Must specify either driver or file"),
             ("driver=raw,file.filename=", "The 'file' block driver requires a file name"),
             ("driver=raw,file.filename=a,read-only=x", "Parameter 'read-only' expects 'on' or 'off'"),
-            ("driver=raw,file.filename=a,offset=512", "The option 'offset' is not provided by this version"),
+            ("driver=qcow2,file.filename=a,offset=512", "Block format 'qcow2' does not support the option 'offset'"),
+            ("driver=file,filename=a,offset=512", "Block protocol 'file' doesn't support the option 'offset'"),
+            ("file.filename=a,size=512", "The option 'size' is not provided without driver=raw"),
+            ("driver=qcow2,file.driver=raw,file.size=512", "A block device must be specified for \"file\""),
+            ("driver=qcow2,file.driver=raw,file.filename=a", "A block device must be specified for \"file\""),
+            ("driver=qcow2,file.driver=raw,file.file=a", "Cannot find device='a' nor node-name='a'"),
+            (
+                "driver=qcow2,file.driver=raw,file.foo=2k,file.file.filename=a",
+                "Block format 'raw' does not support the option 'foo'",
+            ),
+            ("driver=qcow2,file.driver=raw,file.file.driver=foo", "Unknown driver 'foo'"),
+            ("driver=qcow2,file.file.filename=a", "Must specify either driver or file"),
         ] {
             assert_eq!(opts(text).unwrap_err(), format!("Could not open '{text}': {want}"));
         }
+    }
+
+    #[test]
+    fn parts_of_files() {
+        let spec = opts("driver=raw,offset=1M,size=512k,file.filename=r").unwrap();
+        assert_eq!(spec.slice, Slice { offset: 1 << 20, size: Some(512 << 10) });
+        assert_eq!(
+            (spec.file.as_str(), spec.shown.as_str()),
+            (
+                "r",
+                r#"json:{"offset": "1M", "driver": "raw", "size": "512k", "file": {"driver": "file", "filename": "r"}}"#
+            )
+        );
+        let spec =
+            opts("driver=qcow2,file.driver=raw,file.offset=1k,file.file.driver=raw,file.file.file.filename=r").unwrap();
+        assert_eq!((spec.file.as_str(), spec.format, spec.slice), ("r", Format::Qcow2, Slice::default()));
+        let layers: Vec<(&str, u64)> =
+            spec.layers.iter().map(|layer| (layer.shown.as_str(), layer.slice.offset)).collect();
+        assert_eq!(
+            layers,
+            [
+                (
+                    r#"json:{"offset": "1k", "driver": "raw", "file": {"driver": "raw", "file": {"driver": "file", "filename": "r"}}}"#,
+                    1024
+                ),
+                ("r", 0)
+            ]
+        );
+        let name = "json:{'file':{'driver':'raw','offset':1024,'file':{'filename':'r'}}}";
+        let spec = ImageSpec::of_file(name, None).unwrap();
+        assert_eq!(
+            spec.shown_as(Format::Qcow2),
+            r#"json:{"driver": "qcow2", "file": {"offset": 1024, "driver": "raw", "file": {"driver": "file", "filename": "r"}}}"#
+        );
     }
 
     #[test]

@@ -21,6 +21,7 @@ mod guest;
 #[cfg(test)]
 mod hostile_input;
 mod image_opts;
+mod layer;
 mod lock;
 mod messages;
 mod nbd;

@@ -3,12 +3,13 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use instar_vmm::NbdExport;
-use rustix::fs::{CWD, FileType, MemfdFlags, Mode, OFlags, fstat, ftruncate, memfd_create, openat};
+use instar_vmm::{NbdExport, Window};
+use rustix::fs::{CWD, FileType, MemfdFlags, Mode, OFlags, SeekFrom, fstat, ftruncate, memfd_create, openat, seek};
 use rustix::io::Errno;
 
 use crate::cleanup::Leftovers;
 use crate::image_opts::{ImageSpec, NullDevice};
+use crate::layer::{Extent, Slice};
 use crate::lock::{self, Purpose};
 use crate::nbd::Address;
 use crate::problem::{Problem, os_text};
@@ -84,12 +85,16 @@ pub struct Opened {
     locked: bool,
     /// What the file descriptor is the socket of.
     export: Option<NbdExport>,
+    /// What of it a guest gets.
+    window: Window,
+    /// Bytes of each node between the image and the file, the image's child first.
+    layer_lens: Vec<u64>,
 }
 
 impl Opened {
     /// Keeps an open file.
     pub fn new(fd: OwnedFd, stat: Stat) -> Self {
-        Self { fd, stat, locked: false, export: None }
+        Self { fd, stat, locked: false, export: None, window: Window::default(), layer_lens: Vec::new() }
     }
 
     /// Connects to an NBD export.
@@ -100,7 +105,9 @@ impl Opened {
         let (fd, export) = address.connect()?;
         let socket = Stat::of(fd.as_fd()).map_err(|errno| Problem::new(os_text(errno.raw_os_error())))?;
         let stat = Stat { kind: FileKind::Nbd, len: export.len, ..socket };
-        Ok(Self { fd, stat, locked: false, export: Some(export) })
+        let mut opened = Self::new(fd, stat);
+        opened.export = Some(export);
+        Ok(opened)
     }
 
     /// A disk that is stored nowhere.
@@ -113,7 +120,7 @@ impl Opened {
         ftruncate(&fd, null.size).map_err(failed)?;
         let memory = Stat::of(fd.as_fd()).map_err(failed)?;
         let stat = Stat { kind: FileKind::Null(null.driver), allocated: 0, ..memory };
-        Ok(Self { fd, stat, locked: false, export: None })
+        Ok(Self::new(fd, stat))
     }
 
     /// Opens what the operator named.
@@ -121,12 +128,40 @@ impl Opened {
     /// # Errors
     /// The message, `Could not open 'F': …` where the system refused.
     pub fn of_spec(spec: &ImageSpec, writable: bool) -> Result<Self, Problem> {
-        match (&spec.nbd, spec.null) {
+        let mut opened = match (&spec.nbd, spec.null) {
             (Some(address), _) => Self::of_nbd(address),
             (None, Some(null)) => Self::of_null(null),
             (None, None) if writable => open_to_write(Path::new(&spec.file)),
             (None, None) => open_to_read(Path::new(&spec.file)),
+        }?;
+        if !spec.layers.is_empty() || spec.slice != Slice::default() {
+            opened.cut(spec)?;
         }
+        Ok(opened)
+    }
+
+    /// Leaves of the file what the image and the nodes below it show of it.
+    fn cut(&mut self, spec: &ImageSpec) -> Result<(), Problem> {
+        // A block device tells its length in this way as well.
+        let len = seek(&self.fd, SeekFrom::End(0)).map_err(|errno| Problem::file("open", &spec.file, errno))?;
+        self.stat.len = len;
+        let mut extent = Extent::whole(len);
+        for layer in spec.layers.iter().rev() {
+            extent = extent.cut(layer.slice)?;
+            self.layer_lens.insert(0, extent.len);
+        }
+        self.window = extent.cut(spec.slice)?.window();
+        Ok(())
+    }
+
+    /// Where the guest's part of it begins, bytes.
+    pub fn base(&self) -> u64 {
+        self.window.offset
+    }
+
+    /// Bytes of each node between the image and the file, the image's child first.
+    pub fn layer_lens(&self) -> &[u64] {
+        &self.layer_lens
     }
 
     /// Gives it to the guest.
@@ -136,7 +171,14 @@ impl Opened {
     pub fn grant(&self, machine: &mut dyn Machine, writable: bool) -> Result<Granted, Problem> {
         match &self.export {
             Some(export) => machine.grant_nbd(self.fd.as_fd(), export, writable),
-            None => machine.grant(self.fd.as_fd(), writable),
+            None => machine.grant(self.fd.as_fd(), writable, self.window),
+        }
+    }
+
+    /// Takes note of the length of a device, which only the grant tells.
+    pub fn note_len(&mut self, granted: &Granted) {
+        if self.window == Window::default() {
+            self.stat.len = granted.len;
         }
     }
 

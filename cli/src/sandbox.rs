@@ -7,7 +7,7 @@ use instar_guest_protocol::limits::MAX_CHAIN_DEPTH;
 use instar_guest_protocol::message::{
     Call, CheckFinding, Failure, MapRun, OpenAnswer, OpenFile, Progress, Reply, Request, call, reply,
 };
-use instar_vmm::{Error, Event, NbdExport, Sandbox, Settings};
+use instar_vmm::{Error, Event, NbdExport, Sandbox, Settings, Window};
 use prost::Message;
 use prost::encoding::decode_varint;
 use zeroize::Zeroizing;
@@ -98,11 +98,11 @@ impl Limits {
 
 /// The machine that a guest runs in.
 pub trait Machine {
-    /// Gives the guest a file.
+    /// Gives the guest a part of a file.
     ///
     /// # Errors
     /// The machine could not be made, or is gone.
-    fn grant(&mut self, file: BorrowedFd<'_>, writable: bool) -> Result<Granted, Problem>;
+    fn grant(&mut self, file: BorrowedFd<'_>, writable: bool, window: Window) -> Result<Granted, Problem>;
 
     /// Gives the guest an NBD export.
     ///
@@ -174,8 +174,8 @@ impl Vm {
 }
 
 impl Machine for Vm {
-    fn grant(&mut self, file: BorrowedFd<'_>, writable: bool) -> Result<Granted, Problem> {
-        self.sandbox.grant(file, writable).map_err(|error| self.problem(&error))
+    fn grant(&mut self, file: BorrowedFd<'_>, writable: bool, window: Window) -> Result<Granted, Problem> {
+        self.sandbox.grant_part(file, writable, window).map_err(|error| self.problem(&error))
     }
 
     fn grant_nbd(&mut self, socket: BorrowedFd<'_>, export: &NbdExport, writable: bool) -> Result<Granted, Problem> {
@@ -383,7 +383,7 @@ pub mod fake {
     }
 
     impl Machine for Script {
-        fn grant(&mut self, _: BorrowedFd<'_>, writable: bool) -> Result<Granted, Problem> {
+        fn grant(&mut self, _: BorrowedFd<'_>, writable: bool, _: Window) -> Result<Granted, Problem> {
             let device = self.granted;
             self.granted += 1;
             let flags = if writable { instar_vmm::DeviceFlags::WRITABLE } else { instar_vmm::DeviceFlags::empty() };
@@ -391,7 +391,7 @@ pub mod fake {
         }
 
         fn grant_nbd(&mut self, socket: BorrowedFd<'_>, _: &NbdExport, writable: bool) -> Result<Granted, Problem> {
-            self.grant(socket, writable)
+            self.grant(socket, writable, Window::default())
         }
 
         fn start(&mut self, _: &[u8]) -> Result<(), Problem> {

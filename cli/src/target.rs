@@ -1,6 +1,5 @@
 //! The files of the image that is written.
 
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use crate::cleanup::Leftovers;
@@ -99,7 +98,7 @@ impl NewTarget {
 
     fn grant(&mut self, machine: &mut dyn Machine) -> Result<Granted, Problem> {
         match self.files.last() {
-            Some(file) => machine.grant(file.fd.as_fd(), true),
+            Some(file) => file.grant(machine, true),
             None => Err(Problem::new("The target is not open")),
         }
     }

@@ -97,7 +97,7 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
     }
     let output = arguments.output.unwrap_or(settings.output);
     if output == Output::Json {
-        print(&json::print(&node(&image.shown, &reply)))?;
+        print(&json::print(&node(&image.given, &reply)))?;
     } else if !arguments.quiet {
         print(&human(&reply))?;
     }

@@ -13,7 +13,7 @@ use crate::image_opts::ImageSpec;
 use crate::lock::Purpose;
 use crate::output::json;
 use crate::output::node::Node;
-use crate::output::report::{Described, Part};
+use crate::output::report::{Below, Described, Part};
 use crate::problem::Problem;
 use crate::program::{Fail, Outcome, Program, print};
 use crate::safety::Report;
@@ -245,7 +245,10 @@ impl Run {
         let own_allocated = stat.allocated;
         stat.allocated += parts.iter().map(|part| part.stat.allocated).sum::<u64>();
         let file_len = stat.len;
-        let shown = if first { &image.shown } else { &record.name };
+        let shown = if first { image.shown_as(info.format()) } else { record.name.clone() };
+        let layers = if first { image.layers.as_slice() } else { &[] };
+        let layers =
+            layers.iter().zip(record.file.layer_lens()).map(|(layer, len)| Below { shown: &layer.shown, len: *len });
         Ok(Described {
             info,
             shown,
@@ -254,6 +257,7 @@ impl Run {
             own_allocated,
             file_len,
             parts,
+            layers: layers.collect(),
             version: self.version,
             extra,
         })

@@ -3,13 +3,14 @@
 use std::io::{self, Write};
 
 use instar_guest_protocol::message::request::Operation;
-use instar_guest_protocol::message::{MapRequest, MapRun};
+use instar_guest_protocol::message::{Format, InfoRequest, MapRequest, MapRun};
 
-use super::{CommandLine, Settings};
+use super::{CommandLine, Settings, info};
 use crate::args::{Key, Opt};
 use crate::config::Output;
-use crate::files::Files;
+use crate::files::{Access, Files, Origin, Record};
 use crate::image_opts::ImageSpec;
+use crate::lock::Purpose;
 use crate::messages;
 use crate::problem::{Problem, os_text, printable};
 use crate::program::{Fail, Outcome, Program};
@@ -66,9 +67,15 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
     let operands = line.walk(&mut settings, include_str!("help/map.txt"), |key, value| arguments.take(key, value))?;
     let Some(operands) = operands else { return Ok(()) };
     let [file] = operands.as_slice() else { return Err(Fail::Usage("Expecting one image file name".to_owned())) };
-    let image = ImageSpec::of_operand(file, arguments.image_opts, arguments.format.as_deref())?;
+    let mut image = ImageSpec::of_operand(file, arguments.image_opts, arguments.format.as_deref())?;
+    if image.format == Format::Unknown && !image.layers.is_empty() {
+        // In which node the runs lie depends on it.
+        let access = Access { purpose: Purpose::Read, force_share: arguments.force_share };
+        let described = info::Run::start(&settings, &image, InfoRequest::default(), access);
+        image.format = described.map_err(info::Unopened::complete)?.image().format();
+    }
     let output = arguments.output.unwrap_or(settings.output);
-    let mut listing = Listing::new(output, settings.qemu_version);
+    let mut listing = Listing::new(output, settings.qemu_version, &image);
     let (start, max_length) = (arguments.start, arguments.max_length);
     let images = &[&image];
     let query = Query {
@@ -94,7 +101,8 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
 }
 
 /// The list as it is printed.
-struct Listing {
+struct Listing<'a> {
+    image: &'a ImageSpec,
     json: bool,
     version: QemuVersion,
     out: io::BufWriter<io::Stdout>,
@@ -103,10 +111,10 @@ struct Listing {
     failed: Option<Fail>,
 }
 
-impl Listing {
-    fn new(output: Output, version: QemuVersion) -> Self {
+impl<'a> Listing<'a> {
+    fn new(output: Output, version: QemuVersion, image: &'a ImageSpec) -> Self {
         let out = io::BufWriter::with_capacity(64 << 10, io::stdout());
-        Self { json: output == Output::Json, version, out, runs: 0, failed: None }
+        Self { image, json: output == Output::Json, version, out, runs: 0, failed: None }
     }
 
     fn write(&mut self, text: &str) {
@@ -127,7 +135,7 @@ impl Listing {
         self.runs += 1;
     }
 
-    fn json_run(&mut self, run: &MapRun) {
+    fn json_run(&mut self, base: u64, run: &MapRun) {
         if self.runs > 1 {
             self.write(",\n");
         }
@@ -140,7 +148,7 @@ impl Listing {
             text.push_str(&format!(", \"compressed\": {}", run.compressed));
         }
         if run.device.is_some() {
-            text.push_str(&format!(", \"offset\": {}", run.offset));
+            text.push_str(&format!(", \"offset\": {}", run.offset.saturating_add(base)));
         }
         text.push('}');
         self.write(&text);
@@ -155,9 +163,19 @@ impl Listing {
         }
         let Some(record) = run.device.and_then(|device| files.get(device)) else { return self.unmappable() };
         let hex = |number: u64| if number == 0 { "0".to_owned() } else { format!("{number:#x}") };
-        let name = printable(record.name.as_bytes());
-        let line = format!("{:<16}{:<16}{:<16}{name}\n", hex(run.start), hex(run.length), hex(run.offset));
+        let name = match self.image.layers.first() {
+            // Where a format says that its data lie: in the node below.
+            Some(layer) if record.origin == Origin::Operator && self.image.format != Format::Raw => &layer.shown,
+            _ => &record.name,
+        };
+        let (name, offset) = (printable(name.as_bytes()), run.offset.saturating_add(self.base(record)));
+        let line = format!("{:<16}{:<16}{:<16}{name}\n", hex(run.start), hex(run.length), hex(offset));
         self.write(&line);
+    }
+
+    /// Where the bytes of a raw image begin in its file.
+    fn base(&self, record: &Record) -> u64 {
+        if self.image.format == Format::Raw && record.origin == Origin::Operator { record.file.base() } else { 0 }
     }
 
     fn unmappable(&mut self) {
@@ -169,7 +187,7 @@ impl Listing {
         if self.runs == 0 {
             self.header();
             if self.json {
-                self.json_run(&MapRun { start, ..MapRun::default() });
+                self.json_run(0, &MapRun { start, ..MapRun::default() });
             }
         }
         if self.json {
@@ -193,13 +211,16 @@ fn lost_output(error: &io::Error) -> Fail {
     Fail::Message(Problem::new(format!("Could not write to standard output: {reason}")))
 }
 
-impl Listener for Listing {
+impl Listener for Listing<'_> {
     fn runs(&mut self, files: &Files, runs: &[MapRun]) {
         for run in runs {
             self.header();
             match self.json {
                 _ if self.failed.is_some() => return,
-                true => self.json_run(run),
+                true => {
+                    let record = run.device.and_then(|device| files.get(device));
+                    self.json_run(record.map_or(0, |record| self.base(record)), run);
+                }
                 false => self.human_run(files, run),
             }
         }

@@ -1,7 +1,7 @@
 //! `resize`.
 
 use instar_guest_protocol::message::request::Operation;
-use instar_guest_protocol::message::{Preallocation, ResizeRequest, SizeChange};
+use instar_guest_protocol::message::{Cause, Failure, Format, Preallocation, ResizeRequest, SizeChange};
 
 use super::{CommandLine, Settings};
 use crate::args::{Key, Opt};
@@ -94,7 +94,12 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
             preallocation: arguments.preallocation.into(),
         })
     };
-    match edit.run(request, &mut |_| {})? {
+    let outcome = edit.run(request, &mut |_| {})?;
+    let refused = |failure: &Failure| matches!(failure.cause(), Cause::ResizeRefused);
+    if image.format == Format::Raw && image.has_fixed_size() && !outcome.as_ref().is_err_and(refused) {
+        return Err("Cannot resize fixed-size raw disks".into());
+    }
+    match outcome {
         Ok(_) if arguments.quiet => Ok(()),
         Ok(_) => print("Image resized.\n"),
         Err(failure) => {

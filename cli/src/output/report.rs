@@ -15,7 +15,7 @@ pub struct Described<'a> {
     /// What the guest found.
     pub info: &'a ImageInfo,
     /// The name under which the image is described, not escaped.
-    pub shown: &'a str,
+    pub shown: String,
     /// The file's name, not escaped.
     pub file: &'a str,
     /// The file.
@@ -26,6 +26,8 @@ pub struct Described<'a> {
     pub file_len: u64,
     /// Further files that the image consists of.
     pub parts: Vec<Part<'a>>,
+    /// The raw nodes between it and the file, its own child first.
+    pub layers: Vec<Below<'a>>,
     /// As this version tells it.
     pub version: QemuVersion,
     /// Added to what qemu-img tells, if asked for.
@@ -39,6 +41,15 @@ pub struct Part<'a> {
     pub name: &'a str,
     /// The file.
     pub stat: Stat,
+}
+
+/// A raw node between an image and its file.
+#[derive(Clone, Copy, Debug)]
+pub struct Below<'a> {
+    /// Its name, not escaped.
+    pub shown: &'a str,
+    /// Bytes.
+    pub len: u64,
 }
 
 /// QEMU counts in sectors.
@@ -108,7 +119,7 @@ impl Described<'_> {
         let size = |bytes| format!("{} ({bytes} bytes)", human::size(bytes));
         let mut out = String::new();
         let mut line = |key: &str, value: &str| out.push_str(&format!("{key}: {value}\n"));
-        line("image", self.shown);
+        line("image", &self.shown);
         line("file format", self.format_name());
         line("virtual size", &size(self.virtual_size()));
         line("disk size", &self.disk_size());
@@ -140,19 +151,24 @@ impl Described<'_> {
             out.push_str(&human::tree(&members, 1));
         }
         if !self.is_file() && self.version.shows_child_nodes() {
-            let mut child = |node: &str, name: &str, protocol: &str, len: u64, disk_size: &str| {
-                out.push_str(&format!(
-                    "Child node '/{node}':\n    filename: {}\n    protocol type: {protocol}\n    file length: {}\n    \
-                     disk size: {disk_size}\n",
-                    printable(name.as_bytes()),
-                    size(whole_sectors(len)),
-                ));
+            let file = |depth: usize, node: &str, name: &str, protocol: &str, len: u64, disk_size: &str| {
+                let (name, len) = (printable(name.as_bytes()), size(whole_sectors(len)));
+                let members = [("filename", name.as_str()), ("protocol type", protocol), ("file length", &len)];
+                child_lines(depth, node, &members, disk_size)
             };
             for (number, part) in self.parts.iter().enumerate().rev() {
-                let disk_size = human::size(part.stat.allocated);
-                child(&self.part_node(number), part.name, protocol_of(part.stat.kind), part.stat.len, &disk_size);
+                let (node, disk_size) = (self.part_node(number), human::size(part.stat.allocated));
+                out.push_str(&file(0, &node, part.name, protocol_of(part.stat.kind), part.stat.len, &disk_size));
             }
-            child("file", self.file, self.protocol(), self.file_len, &self.own_disk_size());
+            let disk_size = self.own_disk_size();
+            let mut node = "file".to_owned();
+            for (depth, layer) in self.layers.iter().enumerate() {
+                let (name, len) = (printable(layer.shown.as_bytes()), size(layer.len));
+                let members = [("image", name.as_str()), ("file format", "raw"), ("virtual size", &len)];
+                out.push_str(&child_lines(depth, &node, &members, &disk_size));
+                node.push_str("/file");
+            }
+            out.push_str(&file(self.layers.len(), &node, self.file, self.protocol(), self.file_len, &disk_size));
         }
         for (key, value) in &self.extra {
             out.push_str(&human::tree(&[(key, value.clone())], 0));
@@ -174,7 +190,7 @@ impl Described<'_> {
             put("snapshots", Node::List(self.info.snapshots.iter().map(snapshot).collect()));
         }
         put("virtual-size", Node::Int(self.virtual_size()));
-        put("filename", Node::text(self.shown));
+        put("filename", Node::text(self.shown.as_str()));
         if let Some(cluster_size) = self.info.cluster_size {
             put("cluster-size", Node::Int(cluster_size));
         }
@@ -213,7 +229,23 @@ impl Described<'_> {
         let parts = self.parts.iter().enumerate().rev();
         let parts = parts.map(|(number, part)| child(&self.part_node(number), part.name, part.stat, part.stat.len));
         let stat = Stat { allocated: self.own_allocated, ..self.stat };
-        parts.chain([child("file", self.file, stat, self.file_len)]).collect()
+        let mut below = child("file", self.file, stat, self.file_len);
+        for layer in self.layers.iter().rev() {
+            let mut info = vec![
+                ("children", Node::List(vec![below])),
+                ("virtual-size", Node::Int(layer.len)),
+                ("filename", Node::text(layer.shown)),
+                ("format", Node::text("raw")),
+            ];
+            if stat.kind != FileKind::Nbd {
+                info.push(("actual-size", Node::Int(stat.allocated)));
+            }
+            if stat.kind.tells_details() {
+                info.push(("dirty-flag", Node::Bool(false)));
+            }
+            below = Node::Dict(vec![("name", Node::text("file")), ("info", Node::Dict(info))]);
+        }
+        parts.chain([below]).collect()
     }
 
     /// A VMDK image in QEMU's words.
@@ -263,6 +295,16 @@ fn protocol_of(kind: FileKind) -> &'static str {
         FileKind::Null(driver) => driver,
         _ => "file",
     }
+}
+
+/// A child node for people, in so many others.
+fn child_lines(depth: usize, node: &str, members: &[(&str, &str)], disk_size: &str) -> String {
+    let indent = "    ".repeat(depth);
+    let mut out = format!("{indent}Child node '/{node}':\n");
+    for (key, value) in members.iter().chain(&[("disk size", disk_size)]) {
+        out.push_str(&format!("{indent}    {key}: {value}\n"));
+    }
+    out
 }
 
 fn child(node: &str, name: &str, stat: Stat, len: u64) -> Node {
@@ -408,7 +450,8 @@ mod tests {
     fn described<'a>(info: &'a ImageInfo, file: &'a str) -> Described<'a> {
         Described {
             info,
-            shown: file,
+            shown: file.to_owned(),
+            layers: Vec::new(),
             file,
             stat: STAT,
             own_allocated: STAT.allocated,
