@@ -26,7 +26,7 @@ pub fn open_source<P: Platform>(platform: &P, source: &Source, top_only: bool) -
             let ends_here = image.backing().is_none();
             (alloc::vec![image.into_layer()], ends_here)
         }
-        false => (open_layers(platform, source)?.into_iter().map(|layer| layer.disk).collect(), false),
+        false => (open_layers(platform, source, None)?.into_iter().map(|layer| layer.disk).collect(), false),
     };
     let mut layers: Vec<Box<dyn Layer>> = layers;
     if ends_here {
@@ -49,13 +49,29 @@ pub struct ChainLayer {
     pub file: FileId,
     /// See [`OpenImage::status_unit`].
     pub status_unit: Option<u64>,
+    /// See [`has_holes_in_data`]; of the image itself only.
+    pub holes_in_data: bool,
 }
 
-/// Opens an image that the user named and everything below it, the top first.
+/// Are the tables of a qcow2 image there and its data not, as with `preallocation=metadata`? QEMU finds that out by comparing the clusters in
+/// use with the `allocated` bytes that the file system holds, and then looks for holes in the file.
+fn has_holes_in_data<P: Platform>(image: &dyn OpenImage<P>, allocated: u64) -> bool {
+    let Some(image) = image.as_qcow2() else { return false };
+    let cluster = image.header().geometry.cluster_size();
+    let few = allocated.saturating_add(cluster).max((allocated / 9).saturating_mul(10)) / cluster;
+    image.uses_more_clusters(few).unwrap_or(false)
+}
+
+/// Opens an image that the user named and everything below it, the top first. `allocated`: bytes that the file system holds of its file, if
+/// that is wanted and known.
 ///
 /// # Errors
 /// As [`open_source`].
-pub fn open_layers<P: Platform>(platform: &P, source: &Source) -> Result<Vec<ChainLayer>, Failure> {
+pub fn open_layers<P: Platform>(
+    platform: &P,
+    source: &Source,
+    allocated: Option<u64>,
+) -> Result<Vec<ChainLayer>, Failure> {
     let how = Opening::of(source, true);
     let mut device = source.device;
     let mut image = open_top(platform, source)?;
@@ -63,7 +79,9 @@ pub fn open_layers<P: Platform>(platform: &P, source: &Source) -> Result<Vec<Cha
     loop {
         let below = open_backing(platform, device, &*image, &how)?;
         let (format, status_unit) = (image.format(), image.status_unit());
-        layers.push(ChainLayer { format, file: FileId(device), status_unit, disk: image.into_layer() });
+        let allocated = allocated.filter(|_| layers.is_empty());
+        let holes_in_data = allocated.is_some_and(|allocated| has_holes_in_data(&*image, allocated));
+        layers.push(ChainLayer { format, file: FileId(device), status_unit, holes_in_data, disk: image.into_layer() });
         match below {
             None => return Ok(layers),
             Some(_) if layers.len() >= MAX_CHAIN_DEPTH => return Err(too_deep(device)),

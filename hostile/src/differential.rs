@@ -290,6 +290,7 @@ impl Sequence {
     fn measure(&mut self, image: &str) -> Result {
         let target = self.random.pick(&["raw", "qcow2"]);
         match self.random.one_in(2) {
+            true if self.holes => self.same(Compare::Status, &["measure", "-O", target, image]),
             true => self.same(Compare::All, &["measure", "-O", target, image]),
             false => {
                 let size = (self.random.below(5000) * 4096).to_string();

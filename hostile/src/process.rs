@@ -51,6 +51,11 @@ impl Program {
         Self { path: path.into(), before: Vec::new() }
     }
 
+    /// What it calls itself in its messages.
+    pub fn name(&self) -> String {
+        self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+
     /// The same behind a wrapper.
     pub fn behind(&self, wrapper: &[&str]) -> Self {
         Self { path: self.path.clone(), before: wrapper.iter().map(OsString::from).collect() }

@@ -1,6 +1,63 @@
 //! Reference counts of every width: spec chapter "Refcount table", and how much metadata they need.
 
+use instar_blockio::{BlockRead, is_zero};
+
 use crate::addr::Geometry;
+use crate::error::Result;
+use crate::open::Image;
+
+/// The part of a refcount table entry that is an offset.
+const BLOCK_OFFSET: u64 = 0xffff_ffff_ffff_fe00;
+/// Clusters of the file that are looked at to find out how many are in use.
+const MOST_COUNTED: u64 = 1 << 24;
+
+impl<D: BlockRead> Image<D> {
+    /// Are more than `few` clusters of the file in use by their counts? The first 2^24 clusters are looked at, and no further than it takes.
+    ///
+    /// # Errors
+    /// [`Error::Io`](crate::Error::Io): refcount blocks that can't be read.
+    pub fn uses_more_clusters(&self, few: u64) -> Result<bool> {
+        let header = &self.header;
+        let geometry = header.geometry;
+        let clusters = geometry.clusters(self.pages.file().size()).min(MOST_COUNTED);
+        let table_bytes = u64::from(header.refcount_table_clusters).saturating_mul(geometry.cluster_size());
+        let (mut first, mut used, mut at) = (0, 0, header.refcount_table_offset.0);
+        let table_end = at.saturating_add(table_bytes);
+        while first < clusters && at < table_end {
+            let mut entry = [0; 8];
+            self.pages.read(at, &mut entry)?;
+            let block = u64::from_be_bytes(entry) & BLOCK_OFFSET;
+            let counts = geometry.refcounts_per_block().min(clusters - first);
+            if block != 0 {
+                used += self.used_in_block(block, counts)?;
+                if used > few {
+                    return Ok(true);
+                }
+            }
+            first += counts;
+            at = at.saturating_add(8);
+        }
+        Ok(false)
+    }
+
+    /// Counts above zero among the first of a block.
+    fn used_in_block(&self, block: u64, counts: u64) -> Result<u64> {
+        /// Read at once.
+        const PIECE: u64 = 4096;
+        let order = self.header.geometry.refcount_order();
+        let len = (counts << order).div_ceil(8);
+        let (mut used, mut done) = (0, 0);
+        while done < len {
+            let bytes = self.pages.read_vec(block.saturating_add(done), (len - done).min(PIECE) as usize)?;
+            if !is_zero(&bytes) {
+                let here = ((bytes.len() as u64 * 8) >> order).min(counts - ((done * 8) >> order));
+                used += (0..here as usize).filter(|&index| count_at(&bytes, order, index) != 0).count() as u64;
+            }
+            done += PIECE;
+        }
+        Ok(used)
+    }
+}
 
 /// The largest count of a width given as log2 of its bits (0 to 6).
 pub(crate) const fn max_count(order: u32) -> u64 {

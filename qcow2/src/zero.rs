@@ -7,7 +7,7 @@ use crate::l2::{L2Entry, SubclusterState, Subclusters};
 use crate::store::zeroed;
 use crate::write::{Writer, zero_entry};
 
-/// Longest write of zeroes as data, bytes.
+/// Longest write of zeroes as data, bytes, unless a cluster is longer.
 const MAX_ZEROES: u64 = 1 << 20;
 
 impl<D: BlockWrite> Writer<D> {
@@ -64,12 +64,14 @@ impl<D: BlockWrite> Writer<D> {
     }
 
     fn write_zero_bytes(&mut self, offset: u64, len: u64) -> Result<()> {
-        let zeroes = zeroed(len.min(MAX_ZEROES) as usize)?;
-        let mut done = 0;
-        while done < len {
-            let step = (len - done).min(MAX_ZEROES);
-            self.write_at(offset + done, &zeroes[..step as usize])?;
-            done += step;
+        // No write ends inside a cluster that the next one goes on with: what it does not cover would have to come from the backing image.
+        let most = MAX_ZEROES.max(self.header.geometry.cluster_size());
+        let zeroes = zeroed(len.min(most) as usize)?;
+        let (mut at, end) = (offset, offset + len);
+        while at < end {
+            let step = (end - at).min(most - at % most);
+            self.write_at(at, &zeroes[..step as usize])?;
+            at += step;
         }
         Ok(())
     }

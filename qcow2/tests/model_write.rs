@@ -396,3 +396,28 @@ impl<D: BlockWrite> ExtentsFrom for Writer<D> {
         self.extents(offset..self.size().min(offset + (1 << 22))).take(50).count()
     }
 }
+
+/// Version 2 has no marks for zeroes, so they are written; what lies below is not asked for clusters that are zeroed as a whole.
+#[test]
+fn zeroes_of_whole_large_clusters_need_no_backing_image() {
+    let options = CreateOptions {
+        size: 8 << 20,
+        cluster_size: 2 << 20,
+        version: 2,
+        backing_file: Some(b"base".to_vec()),
+        ..CreateOptions::default()
+    };
+    let mut image = create(MemBlock::default(), FileId(0), &options).unwrap();
+    image.write_zeroes(2 << 20, 4 << 20, ZeroMode::Unmap).unwrap();
+    let mut bytes = vec![1; 4 << 20];
+    image.read_at(2 << 20, &mut bytes).unwrap();
+    assert!(bytes.iter().all(|&byte| byte == 0));
+    let kinds = [0, 2 << 20, 4 << 20, 6 << 20].map(|at| image.extent_at(at, 2 << 20).unwrap().kind);
+    assert!(
+        matches!(
+            kinds,
+            [ExtentKind::Unallocated, ExtentKind::Data { .. }, ExtentKind::Data { .. }, ExtentKind::Unallocated]
+        ),
+        "{kinds:?}"
+    );
+}

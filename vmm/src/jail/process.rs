@@ -103,6 +103,9 @@ fn die_with(parent: Option<Pid>) -> Result<(), Errno> {
 /// Gives up everything inherited but the socket.
 fn lock_down(parent: Pid, socket: BorrowedFd<'_>) -> Result<(), Errno> {
     die_with(Some(parent))?;
+    // A limit on the size of files is an error of the write, to be told like others, and not the end of the process.
+    // SAFETY: no handler is installed, so nothing runs that would have to be safe in one.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
     set_no_new_privs(true)?;
     // Nobody may attach to this process or read its memory, and it leaves no core behind.
     set_dumpable_behavior(DumpableBehavior::NotDumpable)?;

@@ -12,8 +12,6 @@ use crate::platform::Platform;
 pub(super) struct Disk<P: Platform> {
     platform: P,
     layers: Vec<ChainLayer>,
-    /// Holes of the top image's file are looked for inside of its data.
-    sparse_data: bool,
 }
 
 /// A run of a disk.
@@ -91,13 +89,8 @@ fn has_flat_parts(format: Format) -> bool {
 impl<P: Platform> Disk<P> {
     /// Opens an image with everything below it. `allocated`: bytes that the file system holds of its file, if they are known.
     pub fn open(platform: &P, source: &Source, allocated: Option<u64>) -> core::result::Result<Self, Failure> {
-        let layers = open_layers(platform, source)?;
-        let file_len = platform.files().get(FileId(source.device)).map_or(0, |file| file.len());
-        // An image whose tables are all there and whose data is not, as with preallocation=metadata.
-        let sparse = |allocated: u64| file_len > allocated.saturating_mul(10) / 9 && file_len > allocated + (128 << 10);
-        let qcow2 = layers.first().is_some_and(|top| top.format == Format::Qcow2);
-        let sparse_data = qcow2 && allocated.is_some_and(sparse);
-        Ok(Self { platform: platform.clone(), layers, sparse_data })
+        let layers = open_layers(platform, source, allocated)?;
+        Ok(Self { platform: platform.clone(), layers })
     }
 
     /// Bytes of the disk.
@@ -264,7 +257,7 @@ impl<P: Platform> Disk<P> {
         }
         let raw = matches!(layer.format, Format::Raw | Format::File);
         Ok(Some(match extent.kind {
-            ExtentKind::Data { file, host } if depth == 0 && self.sparse_data => self.in_file(status, file, host)?,
+            ExtentKind::Data { file, host } if layer.holes_in_data => self.in_file(status, file, host)?,
             ExtentKind::Data { file, host } => Status { place: Some((file, host)), ..status },
             ExtentKind::Zero { .. } if raw => {
                 Status { zero: true, data: false, place: Some((layer.file, extent.offset)), ..status }
