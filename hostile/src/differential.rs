@@ -548,6 +548,11 @@ impl Sequence {
             let words = String::from_utf8_lossy(&theirs.stderr).trim_end().to_owned();
             return Err(Incomparable(format!("qemu-img {what} at {args:?}: {words}")).into());
         }
+        // Of an image with clusters of 2 MiB, a bitmap and a snapshot, qemu-img's repair loses the snapshot.
+        let repaired = |output: &Ended| String::from_utf8_lossy(&output.stdout).contains("were found and repaired");
+        if args.first() == Some(&"check") && ours.code == Some(0) && !repaired(&ours) && repaired(&theirs) {
+            return Err(Incomparable(format!("qemu-img repairs what instar finds in order: {args:?}")).into());
+        }
         let text = |bytes: &[u8]| normalised(&String::from_utf8_lossy(bytes), compare);
         let called = self.ours.display().to_string();
         let said = |output: &Ended| (text(&output.stdout), text(&output.stderr).replace(&called, "qemu-img"));
