@@ -26,6 +26,7 @@ fn files(dir: &Path) {
     qemu_io(dir, "a.qcow2", &["write -P 3 64k 100k".to_owned()]);
     let image = fs::read(dir.join("a.qcow2")).unwrap();
     fs::write(dir.join("inside.img"), [vec![0xee; MIB], image, vec![0xdd; 300 << 10]].concat()).unwrap();
+    expect_success(&qemu_img(dir, &["create", "-q", "-f", "vmdk", "a.vmdk", "1M"]), "create");
     fs::write(dir.join("odd.raw"), vec![5; 1000]).unwrap();
 }
 
@@ -70,6 +71,7 @@ fn parts_are_described_as_by_qemu_img() {
         "info --image-opts file.driver=raw,file.file.driver=raw,file.file.file.filename=a.qcow2",
         "info --image-opts driver=raw,offset=1M,file.driver=raw,file.offset=512k,file.file.filename=r.raw",
         "info --image-opts driver=raw,offset=1k,file.driver=null-co,file.size=1M",
+        "info --image-opts driver=vmdk,file.driver=raw,file.offset=0,file.file.filename=a.vmdk",
         "info json:{'driver':'raw','offset':1024,'size':'512','file':{'filename':'r.raw'}}",
         "info json:{'driver':'qcow2','file':{'driver':'raw','offset':1048576,'file':{'filename':'inside.img'}}}",
         "info -f raw json:{'offset':1024,'file':{'filename':'r.raw'}}",

@@ -257,7 +257,9 @@ impl Described<'_> {
                 members.push(("compressed", Node::Bool(true)));
             }
             let name = match extent.device {
-                Some(device) if device == self.info.device => self.file,
+                Some(device) if device == self.info.device => {
+                    self.layers.first().map_or(self.file, |layer| layer.shown)
+                }
                 Some(_) => names.next().unwrap_or_default(),
                 None => "",
             };
