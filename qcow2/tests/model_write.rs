@@ -7,7 +7,7 @@ use std::process::Command;
 use instar_blockio::file::HostFile;
 use instar_blockio::test::Faulty;
 use instar_blockio::{
-    BlockAlloc, BlockMapExt, BlockRead, BlockWrite, Codec, ErrorKind, ExtentKind, FileId, MemBlock, ZeroMode,
+    BlockAlloc, BlockMap, BlockMapExt, BlockRead, BlockWrite, Codec, ErrorKind, ExtentKind, FileId, MemBlock, ZeroMode,
 };
 use instar_qcow2::{CreateOptions, Preallocation, Writer, create};
 
@@ -407,7 +407,7 @@ fn zeroes_of_whole_large_clusters_need_no_backing_image() {
         backing_file: Some(b"base".to_vec()),
         ..CreateOptions::default()
     };
-    let mut image = create(MemBlock::default(), FileId(0), &options).unwrap();
+    let mut image = create(MemBlock::from(Vec::new()), FileId(0), None, &options).unwrap();
     image.write_zeroes(2 << 20, 4 << 20, ZeroMode::Unmap).unwrap();
     let mut bytes = vec![1; 4 << 20];
     image.read_at(2 << 20, &mut bytes).unwrap();
