@@ -103,9 +103,6 @@ fn die_with(parent: Option<Pid>) -> Result<(), Errno> {
 /// Gives up everything inherited but the socket.
 fn lock_down(parent: Pid, socket: BorrowedFd<'_>) -> Result<(), Errno> {
     die_with(Some(parent))?;
-    // A limit on the size of files is an error of the write, to be told like others, and not the end of the process.
-    // SAFETY: no handler is installed, so nothing runs that would have to be safe in one.
-    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
     set_no_new_privs(true)?;
     // Nobody may attach to this process or read its memory, and it leaves no core behind.
     set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
@@ -164,6 +161,10 @@ pub fn limit(seconds: Option<u64>, read_only: bool) -> Result<(), Errno> {
     if read_only {
         setrlimit(Resource::Fsize, Rlimit { current: Some(0), maximum: Some(0) })?;
     }
+    // The caller's limit on the size of files is an error of the write, to be told like others; ours is broken by nobody who is honest.
+    let then = if read_only { libc::SIG_DFL } else { libc::SIG_IGN };
+    // SAFETY: no handler is installed, so nothing runs that would have to be safe in one.
+    unsafe { libc::signal(libc::SIGXFSZ, then) };
     let Some(seconds) = seconds else { return Ok(()) };
     let now = getrlimit(Resource::Cpu);
     let least = |limit: Option<u64>| Some(limit.map_or(seconds, |limit| limit.min(seconds)));
