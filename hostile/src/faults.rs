@@ -144,7 +144,6 @@ impl Scene {
         self.report.runs += 1;
         self.report.failures += u64::from(ended.code != Some(0));
         let text = String::from_utf8_lossy(&ended.stderr).into_owned();
-        let start = format!("{}: ", self.program.name());
         let problem = match ended.code {
             _ if ended.hung => "hangs",
             _ if ended.left => "leaves a process",
@@ -154,11 +153,17 @@ impl Scene {
             Some(1) if text.contains("panicked") || text.contains("RUST_BACKTRACE") => "panics",
             Some(1) if text.contains("sandbox process was lost") => "loses its sandbox process",
             // A hint may follow in further lines, but the error is one.
-            Some(1) if text.lines().filter(|line| line.starts_with(&start)).count() == 1 => return,
+            Some(1) if self.errors_in(&text) == 1 => return,
             Some(1) => "does not say one line",
             Some(_) => "has an odd exit status",
         };
         self.find(format!("{what} {problem}: {:?} {:?} {text}", ended.code, ended.signal));
+    }
+
+    /// Lines of the program's own on standard error.
+    fn errors_in(&self, stderr: &str) -> usize {
+        let start = format!("{}: ", self.program.name());
+        stderr.lines().filter(|line| line.starts_with(&start)).count()
     }
 
     /// After a failed run: is something new there that was not there before?
@@ -402,8 +407,7 @@ impl Scene {
         ended: &trace::Ended,
         contents: &[u8],
     ) -> io::Result<()> {
-        let start = format!("{}: ", self.program.name());
-        let told = ended.stderr.lines().filter(|line| line.starts_with(&start)).count();
+        let told = self.errors_in(&ended.stderr);
         // `check` has an exit status of its own for images that are not in order.
         let known = matches!(ended.code, Some(0 | 1)) || (args[0] == "check" && matches!(ended.code, Some(2 | 3)));
         if !known || ended.stderr.contains("panicked") || (ended.code == Some(1) && told != 1) {

@@ -10,6 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use tempfile::TempDir;
 
 use crate::process::{Ended, Program, group_of, is_gone};
+use crate::random::Random;
 
 /// Bytes of the disk that is converted and changed.
 const DISK: usize = 12 << 20;
@@ -134,7 +135,7 @@ struct Scene {
 pub fn run(program: &Program, judge: Option<Program>, kills: u32, only: Option<&str>) -> io::Result<Report> {
     let scene = Scene::new(program.clone(), judge)?;
     let mut report = Report::default();
-    let mut random = 0x5eed;
+    let mut random = Random(0x5eed);
     for command in COMMANDS.iter().filter(|command| only.is_none_or(|word| command.name.contains(word))) {
         report.commands += 1;
         let usual = scene.duration(command)?;
@@ -144,31 +145,22 @@ pub fn run(program: &Program, judge: Option<Program>, kills: u32, only: Option<&
                 Some(n) if n % 2 == 0 => Signal::SIGTERM,
                 Some(_) => Signal::SIGINT,
             };
-            random = next(random);
             // Some a little late, so that the very end is met, too.
-            let after = usual.mul_f64((random >> 11) as f64 / (1u64 << 53) as f64 * 1.15);
+            let after = usual.mul_f64((random.next() >> 11) as f64 / (1u64 << 53) as f64 * 1.15);
             scene.attempt(command, signal, after, &mut report)?;
         }
     }
     Ok(report)
 }
 
-/// The next of a sequence of random numbers.
-fn next(state: u64) -> u64 {
-    let mut z = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z ^ (z >> 27)
-}
-
 /// Noise with holes.
 fn disk(seed: u64) -> Vec<u8> {
     let mut disk = vec![0; DISK];
-    let mut state = seed;
+    let mut random = Random(seed);
     for (n, piece) in disk.chunks_mut(64 << 10).enumerate() {
         if n % 5 != 0 {
             for word in piece.chunks_mut(8) {
-                state = next(state);
-                word.copy_from_slice(&state.to_le_bytes()[..word.len()]);
+                word.copy_from_slice(&random.next().to_le_bytes()[..word.len()]);
             }
         }
     }

@@ -17,6 +17,7 @@ pub mod kill;
 mod names;
 mod place;
 mod process;
+mod random;
 pub mod trace;
 mod trial;
 

@@ -187,6 +187,8 @@ pub struct RawCryptoExtension {
     pub len: U64,
 }
 
+/// Refcount table entry: where the refcount block lies.
+pub const REFCOUNT_BLOCK_MASK: u64 = 0xffff_ffff_ffff_fe00;
 /// L1 entry: where the L2 table lies.
 pub const L1_OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 /// L1 and L2 entry: the refcount is exactly one.

@@ -7,15 +7,13 @@ use instar_blockio::check::{CheckReport, Clusters, Repair};
 
 use super::Finding;
 use super::counts::{Counts, REACH};
-use super::tables::{BATCH, Table};
+use super::tables::Table;
 use crate::error::Result;
-use crate::format::{COPIED, L1_OFFSET_MASK, L2_COMPRESSED, L2_OFFSET_MASK};
+use crate::format::{COPIED, L1_OFFSET_MASK, L2_COMPRESSED, L2_OFFSET_MASK, REFCOUNT_BLOCK_MASK};
 use crate::header::Header;
 use crate::open::Image;
 use crate::refcount::{count_at, max_count};
 
-/// The part of a refcount table entry that is an offset.
-const BLOCK_MASK: u64 = 0xffff_ffff_ffff_fe00;
 const BLOCK_RESERVED: u64 = 0x1ff;
 
 /// Changes a count: cluster and new count.
@@ -132,7 +130,7 @@ impl<'a, D: BlockRead> Checker<'a, D> {
 
     fn count_block(&mut self, index: u64, entry: u64) -> Result<()> {
         let geometry = self.header().geometry;
-        let offset = entry & BLOCK_MASK;
+        let offset = entry & REFCOUNT_BLOCK_MASK;
         if entry & BLOCK_RESERVED != 0 {
             self.rebuild = true;
             self.fault(Finding::RefcountTableReserved { index });
@@ -178,7 +176,7 @@ impl<'a, D: BlockRead> Checker<'a, D> {
         }
         numbers.sort_unstable();
         numbers.dedup();
-        for group in numbers.chunks((BATCH as u64 / geometry.cluster_size()).max(1) as usize) {
+        for group in numbers.chunks(self.tables_at_once()) {
             let offsets: Vec<u64> = group.iter().map(|number| self.block_at(*number)).collect();
             let tables = self.read_tables(&offsets.iter().copied().filter(|at| *at != 0).collect::<Vec<_>>())?;
             for (number, offset) in group.iter().zip(offsets) {
@@ -263,10 +261,9 @@ impl<'a, D: BlockRead> Checker<'a, D> {
         }
         let header = self.header();
         let geometry = header.geometry;
-        let cluster = geometry.cluster_size();
         let tables = self.l1_entries(header.l1_offset.0, header.l1_entries.into())?;
         let words = if geometry.extended_l2() { 2 } else { 1 };
-        for chunk in tables.chunks((BATCH as u64 / cluster).max(1) as usize) {
+        for chunk in tables.chunks(self.tables_at_once()) {
             let mut offsets = Vec::new();
             for &(index, entry) in chunk {
                 let offset = entry & L1_OFFSET_MASK;

@@ -20,7 +20,7 @@ const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
 /// Reserved bits of an L2 entry that is not compressed, without extended entries.
 const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 /// Bytes of tables read at once.
-pub(super) const BATCH: usize = 2 << 20;
+const BATCH: usize = 2 << 20;
 
 /// L2 tables that are remembered, see [`Walked`]; what lies beyond is read each time.
 const MOST_WALKED: usize = 1 << 16;
@@ -82,7 +82,7 @@ impl<D: BlockRead> Checker<'_, D> {
         self.refer(offset, entries * 8);
         let tables = self.l1_entries(offset, entries)?;
         let cluster = self.header().geometry.cluster_size();
-        for chunk in tables.chunks((BATCH as u64 / cluster).max(1) as usize) {
+        for chunk in tables.chunks(self.tables_at_once()) {
             let mut aligned = Vec::new();
             for &(_, entry) in chunk {
                 let table = entry & L1_OFFSET_MASK;
@@ -102,7 +102,8 @@ impl<D: BlockRead> Checker<'_, D> {
             for table in self.read_tables(&aligned)? {
                 let faults = self.report.corruptions - self.overflows;
                 self.count_l2(&table, active, 1);
-                if self.report.corruptions - self.overflows == faults && walked.len() < MOST_WALKED {
+                let is_met_again = self.header().snapshot_count > 0 && walked.len() < MOST_WALKED;
+                if is_met_again && self.report.corruptions - self.overflows == faults {
                     walked.entry(table.offset).or_default();
                 }
             }
@@ -113,7 +114,7 @@ impl<D: BlockRead> Checker<'_, D> {
     /// What tables refer to that were met more than once.
     fn count_again(&mut self, walked: Walked) -> Result<()> {
         let again: Vec<(u64, u64)> = walked.into_iter().filter(|(_, times)| *times > 0).collect();
-        for chunk in again.chunks((BATCH as u64 / self.header().geometry.cluster_size()).max(1) as usize) {
+        for chunk in again.chunks(self.tables_at_once()) {
             let offsets: Vec<u64> = chunk.iter().map(|(offset, _)| *offset).collect();
             for (table, (_, times)) in self.read_tables(&offsets)?.iter().zip(chunk) {
                 self.count_l2(table, false, *times);
@@ -144,6 +145,11 @@ impl<D: BlockRead> Checker<'_, D> {
             index += count;
         }
         Ok(found)
+    }
+
+    /// Tables of a cluster each that are read in one turn.
+    pub fn tables_at_once(&self) -> usize {
+        (BATCH as u64 / self.header().geometry.cluster_size()).max(1) as usize
     }
 
     /// Reads tables of a cluster each in one turn; those behind the end of the file are left out.
