@@ -4,10 +4,9 @@ use instar_blockio::{BlockRead, is_zero};
 
 use crate::addr::Geometry;
 use crate::error::Result;
+use crate::format::REFCOUNT_BLOCK_MASK;
 use crate::open::Image;
 
-/// The part of a refcount table entry that is an offset.
-const BLOCK_OFFSET: u64 = 0xffff_ffff_ffff_fe00;
 /// Clusters of the file that are looked at to find out how many are in use.
 const MOST_COUNTED: u64 = 1 << 24;
 
@@ -20,13 +19,17 @@ impl<D: BlockRead> Image<D> {
         let header = &self.header;
         let geometry = header.geometry;
         let clusters = geometry.clusters(self.pages.file().size()).min(MOST_COUNTED);
+        // The usual file is no longer than what it takes, and no count is read.
+        if clusters <= few {
+            return Ok(false);
+        }
         let table_bytes = u64::from(header.refcount_table_clusters).saturating_mul(geometry.cluster_size());
         let (mut first, mut used, mut at) = (0, 0, header.refcount_table_offset.0);
         let table_end = at.saturating_add(table_bytes);
         while first < clusters && at < table_end {
             let mut entry = [0; 8];
             self.pages.read(at, &mut entry)?;
-            let block = u64::from_be_bytes(entry) & BLOCK_OFFSET;
+            let block = u64::from_be_bytes(entry) & REFCOUNT_BLOCK_MASK;
             let counts = geometry.refcounts_per_block().min(clusters - first);
             if block != 0 {
                 used += self.used_in_block(block, counts)?;
