@@ -179,7 +179,7 @@ impl ImageSpec {
                 Some(driver) => return Err(only_name(driver)),
                 None => format.map_or(Ok(Format::Unknown), driver_format)?,
             };
-            return Ok(Self { null: Some(null), ..Self::of_nowhere(name, name.to_owned(), format) });
+            return Ok(Self { null: Some(null), ..Self::of_name(name, name.to_owned(), format) });
         }
         if let Some(wanted) = format.and_then(wanted_name) {
             return Err(Problem::new(wanted));
@@ -189,16 +189,16 @@ impl ImageSpec {
             return Ok(Self::of_nbd(name, address, format, None));
         }
         let path = open::path_of(name)?;
-        Ok(Self::of_nowhere(name, path.display().to_string(), format))
+        Ok(Self::of_name(name, path.display().to_string(), format))
     }
 
     fn of_nbd(given: &str, address: Address, format: Format, key_secret: Option<String>) -> Self {
         let shown = address.shown();
-        Self { nbd: Some(address), key_secret, ..Self::of_nowhere(given, shown, format) }
+        Self { nbd: Some(address), key_secret, ..Self::of_name(given, shown, format) }
     }
 
     /// What is named, and how QEMU names it.
-    fn of_nowhere(given: &str, shown: String, format: Format) -> Self {
+    fn of_name(given: &str, shown: String, format: Format) -> Self {
         Self {
             given: given.to_owned(),
             file: shown.clone(),
@@ -547,7 +547,7 @@ impl Keys {
                 Some(json) => json.to_owned(),
                 None => format!("{{\"driver\": \"{}\"}}", null.driver),
             };
-            let spec = ImageSpec { null: Some(null), ..ImageSpec::of_nowhere(given, file, format) };
+            let spec = ImageSpec { null: Some(null), ..ImageSpec::of_name(given, file, format) };
             return if format == Format::File { Ok(spec) } else { self.placed(spec, &leaf, &[], None) };
         }
         let data_file = self.data_file()?;
@@ -635,7 +635,7 @@ impl Keys {
             vhd_size,
             read_only: self.read_only,
             data_file,
-            ..ImageSpec::of_nowhere(given, file.to_owned(), format)
+            ..ImageSpec::of_name(given, file.to_owned(), format)
         };
         self.placed(spec, &leaf, &strong, header.as_deref())
     }

@@ -231,19 +231,7 @@ impl Described<'_> {
         let stat = Stat { allocated: self.own_allocated, ..self.stat };
         let mut below = child("file", self.file, stat, self.file_len);
         for layer in self.layers.iter().rev() {
-            let mut info = vec![
-                ("children", Node::List(vec![below])),
-                ("virtual-size", Node::Int(layer.len)),
-                ("filename", Node::text(layer.shown)),
-                ("format", Node::text("raw")),
-            ];
-            if stat.kind != FileKind::Nbd {
-                info.push(("actual-size", Node::Int(stat.allocated)));
-            }
-            if stat.kind.tells_details() {
-                info.push(("dirty-flag", Node::Bool(false)));
-            }
-            below = Node::Dict(vec![("name", Node::text("file")), ("info", Node::Dict(info))]);
+            below = node_over("file", [layer.shown, "raw"], layer.len, stat, Some(below));
         }
         parts.chain([below]).collect()
     }
@@ -309,17 +297,24 @@ fn child_lines(depth: usize, node: &str, members: &[(&str, &str)], disk_size: &s
     out
 }
 
+/// A file, as a child of an image.
 fn child(node: &str, name: &str, stat: Stat, len: u64) -> Node {
+    node_over(node, [name, protocol_of(stat.kind)], whole_sectors(len), stat, None)
+}
+
+/// A child of an image: a file, or what lies over one.
+fn node_over(node: &str, [name, format]: [&str; 2], len: u64, stat: Stat, below: Option<Node>) -> Node {
+    let is_file = below.is_none();
     let mut info = vec![
-        ("children", Node::List(Vec::new())),
-        ("virtual-size", Node::Int(whole_sectors(len))),
+        ("children", Node::List(below.into_iter().collect())),
+        ("virtual-size", Node::Int(len)),
         ("filename", Node::text(name)),
-        ("format", Node::text(protocol_of(stat.kind))),
+        ("format", Node::text(format)),
     ];
     if stat.kind != FileKind::Nbd {
         info.push(("actual-size", Node::Int(stat.allocated)));
     }
-    if stat.kind == FileKind::Regular {
+    if is_file && stat.kind == FileKind::Regular {
         info.push(("format-specific", file_specific()));
     }
     if stat.kind.tells_details() {
