@@ -56,6 +56,8 @@ const CALLERS: &[&[&str]] = &[
     &["dd", "-O", "qcow2", "bs=64k", "if=small.raw", "of=out"],
     &["create", "-q", "-f", "qcow2", "-o", "preallocation=full", "out", "1M"],
     &["snapshot", "-c", "new", "image.qcow2"],
+    &["snapshot", "-a", "old", "image.qcow2"],
+    &["snapshot", "-d", "old", "image.qcow2"],
     &["resize", "-f", "qcow2", "image.qcow2", "20M"],
     &["amend", "-f", "qcow2", "-o", "refcount_bits=64", "image.qcow2"],
     &["bitmap", "--add", "image.qcow2", "new"],
@@ -362,10 +364,11 @@ impl Scene {
         disk[..300_000].iter_mut().enumerate().for_each(|(at, byte)| *byte = ((at * at) >> 9) as u8);
         fs::write(dir.join("small.raw"), &disk)?;
         fs::write(dir.join("base.raw"), vec![0x33; 1 << 20])?;
-        let prepare: [&[&str]; 3] = [
+        let prepare: [&[&str]; 4] = [
             &["convert", "-O", "qcow2", "small.raw", "small.qcow2"],
             &["create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "original.qcow2"],
             &["bench", "-w", "-c", "3", "original.qcow2"],
+            &["snapshot", "-c", "old", "original.qcow2"],
         ];
         for args in prepare {
             let ended = self.program.run(&dir, args)?;

@@ -69,12 +69,13 @@ pub fn fail(program: &Program, dir: &Path, args: &[&str], nth: u64, fault: Fault
     let ended = watch(program, dir, args, |thread| {
         let Ok(mut registers) = ptrace::getregs(thread) else { return };
         let enters = registers.rax == (-(Errno::ENOSYS as i64)).cast_unsigned();
-        if hit == Some(thread) && !enters {
-            hit = None;
-            if let Fault::Errno(errno) = fault {
-                registers.rax = (-(errno as i64)).cast_unsigned();
-                let _ = ptrace::setregs(thread, registers);
+        if !enters && let Some((_, len)) = hit.take_if(|(hit, _)| *hit == thread) {
+            match fault {
+                Fault::Errno(errno) => registers.rax = (-(errno as i64)).cast_unsigned(),
+                // A call leaves its arguments alone, and programs rely on that.
+                Fault::Short => registers.rdx = len,
             }
+            let _ = ptrace::setregs(thread, registers);
         }
         let number = registers.orig_rax;
         if !enters && number == SECCOMP {
@@ -89,8 +90,10 @@ pub fn fail(program: &Program, dir: &Path, args: &[&str], nth: u64, fault: Fault
                 // It never waits, so nothing interrupts it.
                 Fault::Errno(Errno::EINTR) if number == LSEEK => {}
                 // Another call, which is allowed and does nothing, is made in its place.
-                Fault::Errno(_) => (registers.orig_rax, hit) = (SCHED_YIELD, Some(thread)),
-                Fault::Short if [PREAD, PWRITE].contains(&number) => registers.rdx = registers.rdx.min(1),
+                Fault::Errno(_) => (registers.orig_rax, hit) = (SCHED_YIELD, Some((thread, registers.rdx))),
+                Fault::Short if [PREAD, PWRITE].contains(&number) => {
+                    (registers.rdx, hit) = (registers.rdx.min(1), Some((thread, registers.rdx)));
+                }
                 Fault::Short => {}
             }
             let _ = ptrace::setregs(thread, registers);

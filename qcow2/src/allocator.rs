@@ -7,6 +7,8 @@
 //! What is freed in an image that others may read is only *noted*: its count falls after the tables that pointed to it
 //! have been written ([`Allocator::release`]), so that no crash leaves a cluster with two owners.
 
+mod fork;
+
 use alloc::vec::Vec;
 
 use instar_blockio::{BlockWrite, Error, ErrorKind, Result};
@@ -37,6 +39,18 @@ impl Span {
     }
 }
 
+/// Adds a run to a list; joined to the last one, if it follows that.
+pub(crate) fn add_run(runs: &mut Vec<Span>, run: Span) -> Result<()> {
+    match runs.last_mut() {
+        Some(last) if last.first.checked_add(last.count) == Some(run.first) => last.count += run.count,
+        _ => {
+            runs.try_reserve(1).map_err(|_| Error::new(ErrorKind::OutOfMemory))?;
+            runs.push(run);
+        }
+    }
+    Ok(())
+}
+
 /// Whether a search has to start again, because a refcount block may have taken its place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
@@ -52,6 +66,8 @@ pub(crate) enum State {
     Fresh,
     /// A valid image, which every single write must leave valid.
     Live,
+    /// A valid image that no write changes: the counts are those of another state, which it may go over to.
+    Forked,
 }
 
 /// The allocator of one image file.
@@ -66,6 +82,8 @@ pub(crate) struct Allocator {
     next_byte: u64,
     /// Fresh: clusters that were used before. Live: clusters to be freed.
     freed: Vec<Span>,
+    /// Forked: what it takes to go over or back.
+    fork: Option<fork::Fork>,
 }
 
 impl Allocator {
@@ -113,7 +131,17 @@ impl Allocator {
 
     fn new(geometry: Geometry, state: State, table: Vec<u64>, table_offset: u64) -> Self {
         let blocks = TableCache::new(geometry.cluster_size() as usize, CACHE_LEN);
-        Self { geometry, state, table, table_offset, blocks, next_cluster: 0, next_byte: 0, freed: Vec::new() }
+        Self {
+            geometry,
+            state,
+            table,
+            table_offset,
+            blocks,
+            next_cluster: 0,
+            next_byte: 0,
+            freed: Vec::new(),
+            fork: None,
+        }
     }
 
     /// Where the refcount table lies, bytes.
@@ -320,6 +348,7 @@ impl Allocator {
         next: impl Fn(u64) -> Option<u64>,
     ) -> Result<()> {
         let (order, start) = (self.geometry.refcount_order(), first % self.per_block());
+        self.move_block(store, first / self.per_block())?;
         let corrupt = Error::new(ErrorKind::Corrupt).at(first.saturating_mul(self.geometry.cluster_size()));
         let block = usize::try_from(first / self.per_block()).ok().and_then(|index| self.table.get(index)).copied();
         let at = block.filter(|&at| at != 0).ok_or(corrupt)?;
@@ -358,6 +387,10 @@ impl Allocator {
         let in_table = usize::try_from(index).ok().filter(|&index| index < self.table.len());
         if in_table.is_some_and(|index| self.table[index] != 0) {
             return Ok(Step::Done);
+        }
+        if self.state == State::Forked {
+            // It is referred to and has no count.
+            return Err(Error::new(ErrorKind::Corrupt).at(cluster.saturating_mul(self.geometry.cluster_size())));
         }
         let new = self.find(store, 1)?;
         if new == 0 {
@@ -460,7 +493,7 @@ impl Allocator {
         match self.state {
             // The old table stays in the file where nothing overwrites it, and images are compared byte for byte.
             State::Fresh => self.write_table(store)?,
-            State::Live => self.blocks.write_dirty(store)?,
+            State::Live | State::Forked => self.blocks.write_dirty(store)?,
         }
         self.table = table;
         self.table_offset = offset;
@@ -562,22 +595,12 @@ impl Allocator {
             }
             self.give_back(store, span)?;
         }
-        self.note(span);
-        Ok(())
-    }
-
-    fn note(&mut self, span: Span) {
-        match self.freed.last_mut() {
-            Some(last) if last.first.checked_add(last.count) == Some(span.first) => last.count += span.count,
-            _ => self.freed.push(span),
-        }
+        add_run(&mut self.freed, span)
     }
 
     /// Clusters of an external data file, which has no counts, were used and are not any more.
-    pub(crate) fn note_used(&mut self, span: Span) {
-        if self.state == State::Fresh {
-            self.note(span);
-        }
+    pub(crate) fn note_used(&mut self, span: Span) -> Result<()> {
+        if self.state == State::Fresh { add_run(&mut self.freed, span) } else { Ok(()) }
     }
 
     /// Whether clusters wait for [`release`](Self::release), and how many runs of them.

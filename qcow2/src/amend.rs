@@ -231,7 +231,7 @@ impl<D: BlockWrite> Writer<D> {
             let (all, old_len) = self.load_snapshots()?;
             // Machine state and disk size, 8 bytes each.
             if all.iter().any(|stored| stored.extra_len < 16) {
-                self.store_snapshots(&all, old_len)?;
+                self.replace_snapshots(&all, old_len)?;
             }
         }
         steps.step(1, 2);

@@ -87,6 +87,7 @@ mod crypt;
 mod empty;
 mod error;
 mod extension;
+mod fork;
 mod format;
 mod header;
 mod l1;

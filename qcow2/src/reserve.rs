@@ -307,8 +307,7 @@ impl<D: BlockWrite> Writer<D> {
     fn free_unlinked(&mut self, guest: Span, host: u64) -> Result<()> {
         let size = self.header.geometry.cluster_size();
         if self.data.is_some() {
-            self.alloc.note_used(guest);
-            return Ok(());
+            return self.alloc.note_used(guest);
         }
         for index in 0..guest.count {
             let place = host + index * size;

@@ -1,8 +1,5 @@
-//! Making, applying and deleting internal snapshots in an existing image.
-//!
-//! A new snapshot table lies in clusters of its own; writing two header fields makes it the table. Counts rise before
-//! anything new points somewhere, and fall after nothing old does. What a crash leaves: clusters that nobody uses, and
-//! clusters in use once without a copied flag, which the next write copies without need.
+//! Making, applying and deleting internal snapshots in an existing image: counts, copied flags, L1 table and snapshot table change in
+//! one step.
 
 use alloc::string::ToString;
 use alloc::vec::Vec;
@@ -11,18 +8,13 @@ use instar_blockio::{self as blockio, BlockWrite, ErrorKind};
 
 use crate::addr::HostOffset;
 use crate::error::{Error, Result, Table};
-use crate::format::{MAX_L1_BYTES, MAX_SNAPSHOTS, RawHeader};
+use crate::fork::{Fork, tables_in};
+use crate::format::{MAX_L1_BYTES, MAX_SNAPSHOTS};
 use crate::header::check_table;
 use crate::pages::Pages;
 use crate::snapshot::{self, Snapshot, SnapshotSelector, Stored};
-use crate::store::zeroed;
 use crate::tree::Flags;
-use crate::write::{SIZE_FIELD, Writer};
-
-/// What a device writes as a whole, bytes.
-const SECTOR: usize = 512;
-/// Header fields: entries and place of the snapshot table.
-const SNAPSHOT_FIELDS: u64 = core::mem::offset_of!(RawHeader, nb_snapshots) as u64;
+use crate::write::Writer;
 
 /// A snapshot to be made.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -39,29 +31,17 @@ impl<D: BlockWrite> Writer<D> {
     /// Keeps the present state as a snapshot, whose id is one more than the largest there is.
     ///
     /// # Errors
-    /// [`Error::SnapshotsWithDataFile`], [`Error::TooManySnapshots`], [`Error::RefcountOverflow`] if a count can't rise, after
-    /// which nothing has changed; what tables and file report.
+    /// [`Error::SnapshotsWithDataFile`], [`Error::TooManySnapshots`], [`Error::RefcountOverflow`] if a count can't rise; what tables
+    /// and file report. The image is as it was, unless the header could not be written.
     pub fn create_snapshot(&mut self, new: &NewSnapshot) -> Result<()> {
         let (mut all, old_len) = self.load_snapshots()?;
         if all.len() >= MAX_SNAPSHOTS as usize {
             return Err(Error::TooManySnapshots);
         }
-        let geometry = self.header.geometry;
-        let l1_len = self.l1.len() as u64 * 8;
-        let l1_offset = HostOffset(self.take_clusters(geometry.clusters(l1_len))? * geometry.cluster_size());
-        self.write_table_at(l1_offset.0, &self.l1.clone())?;
-        self.set_active_flags(Flags::Clear)?;
-        let l1 = self.l1.clone();
-        if let Err(error) = self.raise_tree(&l1) {
-            self.alloc.free(&mut self.main, self.alloc.touched(l1_offset.0, l1_len))?;
-            self.set_active_flags(Flags::ByCount)?;
-            return Err(overflow(error));
-        }
-        self.sync()?;
         let snapshot = Snapshot {
             id: next_id(&all).to_string().into_bytes(),
             name: new.name.clone(),
-            l1_offset,
+            l1_offset: HostOffset(0),
             l1_entries: self.header.l1_entries,
             date_sec: new.date_sec,
             date_nsec: new.date_nsec,
@@ -72,7 +52,20 @@ impl<D: BlockWrite> Writer<D> {
         };
         all.try_reserve(1).map_err(|_| Error::OutOfMemory)?;
         all.push(Stored { snapshot, extra_len: 0, unknown: Vec::new() });
-        self.store_snapshots(&all, old_len)
+        let l1_len = self.l1.len() as u64 * 8;
+        let table_len = snapshot::emit(&all)?.len() as u64;
+        self.in_one_step(&[l1_len, table_len, l1_len], tables_in(&self.l1), |this, fork| {
+            let mut l1 = this.l1.clone();
+            let changed = this.set_flags(fork, &mut l1, Flags::Clear)?;
+            this.raise_tree(&l1).map_err(overflow)?;
+            let own = this.piece(fork, 0);
+            if let Some(Stored { snapshot, .. }) = all.last_mut() {
+                snapshot.l1_offset = HostOffset(own);
+            }
+            this.write_table_at(own, &l1)?;
+            this.place_snapshots(fork, this.piece(fork, 1), &all, old_len)?;
+            this.place_l1(fork, this.piece(fork, 2), l1, changed)
+        })
     }
 
     /// Makes the state of a snapshot the present one, its disk size included. The snapshot stays.
@@ -86,23 +79,18 @@ impl<D: BlockWrite> Writer<D> {
         if needed > MAX_L1_BYTES / 8 || virtual_size > i64::MAX as u64 {
             return Err(Error::ImageTooBig(virtual_size));
         }
-        let mut stored = self.read_table(l1_offset, l1_entries)?;
-        if self.set_flags(&mut stored, Flags::Clear)? {
-            self.write_table_at(l1_offset.0, &stored)?;
-        }
-        self.sync()?;
-        self.main.flush()?;
-        self.raise_tree(&stored).map_err(overflow)?;
-        self.sync()?;
-        self.main.flush()?;
-        let old = core::mem::replace(&mut self.l1, stored);
-        let entries = (needed as usize).max(self.l1.len()).max(old.len());
-        self.l1.try_reserve(entries - self.l1.len()).map_err(|_| Error::OutOfMemory)?;
-        self.l1.resize(entries, 0);
-        self.switch_l1(&old, virtual_size)?;
-        self.lower_tree(&old)?;
-        self.set_active_flags(Flags::ByCount)?;
-        Ok(())
+        let mut l1 = self.read_table(l1_offset, l1_entries)?;
+        let entries = (needed as usize).max(l1.len()).max(self.l1.len());
+        self.in_one_step(&[entries as u64 * 8], tables_in(&l1), |this, fork| {
+            this.raise_tree(&l1).map_err(overflow)?;
+            this.leave_tree(fork, this.l1.clone())?;
+            this.set_flags(fork, &mut l1, Flags::ByCount)?;
+            l1.try_reserve(entries - l1.len()).map_err(|_| Error::OutOfMemory)?;
+            l1.resize(entries, 0);
+            this.header.virtual_size = virtual_size;
+            let changed = l1 != this.l1;
+            this.place_l1(fork, this.piece(fork, 0), l1, changed)
+        })
     }
 
     /// Forgets a snapshot, and frees what it alone uses.
@@ -114,11 +102,16 @@ impl<D: BlockWrite> Writer<D> {
         let _ = self.pick(&all, selector)?;
         let index = snapshot::find(&all, selector).ok_or(Error::SnapshotNotFound)?;
         let Snapshot { l1_offset, l1_entries, .. } = all.remove(index).snapshot;
-        let l1 = self.read_table(l1_offset, l1_entries)?;
-        self.store_snapshots(&all, old_len)?;
-        self.lower_tree(&l1)?;
-        self.drop_clusters(l1_offset.0, u64::from(l1_entries) * 8)?;
-        Ok(self.set_active_flags(Flags::ByCount)?)
+        let theirs = self.read_table(l1_offset, l1_entries)?;
+        let table_len = snapshot::emit(&all)?.len() as u64;
+        self.in_one_step(&[table_len, self.l1.len() as u64 * 8], tables_in(&self.l1), |this, fork| {
+            this.leave_tree(fork, theirs)?;
+            this.leave(fork, l1_offset.0, u64::from(l1_entries) * 8)?;
+            this.place_snapshots(fork, this.piece(fork, 0), &all, old_len)?;
+            let mut l1 = this.l1.clone();
+            let changed = this.set_flags(fork, &mut l1, Flags::ByCount)?;
+            this.place_l1(fork, this.piece(fork, 1), l1, changed)
+        })
     }
 
     /// The snapshot table and its length in bytes.
@@ -138,68 +131,40 @@ impl<D: BlockWrite> Writer<D> {
         Ok(stored)
     }
 
-    /// Writes the snapshot table into new clusters and makes it the table; frees the old one of `old_len` bytes.
-    pub(crate) fn store_snapshots(&mut self, all: &[Stored], old_len: u64) -> Result<()> {
-        let bytes = snapshot::emit(all)?;
-        let geometry = self.header.geometry;
-        let at = self.take_clusters(geometry.clusters(bytes.len() as u64))? * geometry.cluster_size();
-        self.main.write(at, &bytes)?;
-        self.sync()?;
-        self.main.flush()?;
-        let old = self.header.snapshots_offset.0;
+    /// Writes the snapshot table anew; the old one has `old_len` bytes.
+    pub(crate) fn replace_snapshots(&mut self, all: &[Stored], old_len: u64) -> Result<()> {
+        let len = snapshot::emit(all)?.len() as u64;
+        self.in_one_step(&[len], 0, |this, fork| this.place_snapshots(fork, this.piece(fork, 0), all, old_len))
+    }
+
+    /// Writes the snapshot table to `at`.
+    fn place_snapshots(&mut self, fork: &mut Fork, at: u64, all: &[Stored], old_len: u64) -> Result<()> {
+        self.main.write(at, &snapshot::emit(all)?)?;
+        self.leave(fork, self.header.snapshots_offset.0, old_len)?;
         (self.header.snapshot_count, self.header.snapshots_offset) = (all.len() as u32, HostOffset(at));
-        let mut fields = [0; 12];
-        fields[..4].copy_from_slice(&self.header.snapshot_count.to_be_bytes());
-        fields[4..].copy_from_slice(&at.to_be_bytes());
-        self.main.write(SNAPSHOT_FIELDS, &fields)?;
-        self.main.flush()?;
-        Ok(self.drop_clusters(old, old_len)?)
+        Ok(())
+    }
+
+    /// Makes `l1` the active L1 table: at `at`, if it has changed.
+    fn place_l1(&mut self, fork: &mut Fork, at: u64, l1: Vec<u64>, changed: bool) -> Result<()> {
+        let len = l1.len() as u64 * 8;
+        if !changed {
+            return Ok(self.leave(fork, at, len)?);
+        }
+        self.write_table_at(at, &l1)?;
+        self.leave(fork, self.header.l1_offset.0, self.l1.len() as u64 * 8)?;
+        self.header.l1_entries = u32::try_from(l1.len()).map_err(|_| Error::ImageTooBig(self.header.virtual_size))?;
+        self.header.l1_offset = HostOffset(at);
+        self.l1 = l1;
+        Ok(())
     }
 
     fn write_table_at(&mut self, at: u64, table: &[u64]) -> blockio::Result<()> {
-        let mut bytes = zeroed(table.len() * 8)?;
+        let mut bytes = crate::store::zeroed(table.len() * 8)?;
         for (to, from) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(table) {
             *to = from.to_be_bytes();
         }
         self.main.write(at, &bytes)
-    }
-
-    /// Makes `self.l1` the active table in the place of `old`, and `virtual_size` the size of the disk: by one write of one
-    /// sector.
-    fn switch_l1(&mut self, old: &[u64], virtual_size: u64) -> Result<()> {
-        let per_sector = SECTOR / 8;
-        let differing = |sector: usize| {
-            let at = sector * per_sector;
-            let part = |table: &[u64]| table.get(at..table.len().min(at + per_sector)).map(<[u64]>::to_vec);
-            part(old) != part(&self.l1)
-        };
-        let mut changed = (0..self.l1.len().div_ceil(per_sector)).filter(|&sector| differing(sector));
-        let (first, more) = (changed.next(), changed.next().is_some());
-        if old.len() == self.l1.len() && virtual_size == self.header.virtual_size && !more {
-            if let Some(sector) = first {
-                let at = sector * per_sector;
-                self.write_l1(at..self.l1.len().min(at + per_sector))?;
-                self.main.flush()?;
-            }
-            return Ok(());
-        }
-        let geometry = self.header.geometry;
-        let (old_at, old_len) = (self.header.l1_offset.0, old.len() as u64 * 8);
-        let entries = u32::try_from(self.l1.len()).map_err(|_| Error::ImageTooBig(virtual_size))?;
-        let at = self.take_clusters(geometry.clusters(u64::from(entries) * 8))? * geometry.cluster_size();
-        self.header.l1_offset = HostOffset(at);
-        self.write_l1(0..self.l1.len())?;
-        self.sync()?;
-        self.main.flush()?;
-        (self.header.l1_entries, self.header.virtual_size) = (entries, virtual_size);
-        let fields = self.header.emit();
-        let changed = SIZE_FIELD as usize..core::mem::offset_of!(RawHeader, refcount_table_offset);
-        self.main.write(SIZE_FIELD, fields.get(changed).unwrap_or_default())?;
-        self.main.flush()?;
-        if old_len != 0 {
-            self.alloc.free(&mut self.main, self.alloc.touched(old_at, old_len))?;
-        }
-        Ok(())
     }
 }
 

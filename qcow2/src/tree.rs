@@ -10,13 +10,12 @@ use instar_blockio::{self as blockio, BlockWrite, Error, ErrorKind};
 use crate::addr::{GuestOffset, HostOffset};
 use crate::allocator::Span;
 use crate::error::Corruption;
-use crate::format::COPIED;
+use crate::fork::Fork;
 use crate::l1::L1Entry;
 use crate::l2::L2Entry;
+use crate::store::zeroed;
 use crate::write::{Writer, corrupt};
 
-/// Freed runs that are kept before their space is given back.
-const MAX_FREED: usize = 1 << 16;
 /// L1 entries that are read at once.
 const L1_ENTRIES_PER_READ: u64 = 1 << 13;
 
@@ -37,7 +36,7 @@ impl<D: BlockWrite> Writer<D> {
         let mut done = 0;
         while done < u64::from(entries) {
             let step = L1_ENTRIES_PER_READ.min(u64::from(entries) - done);
-            let mut bytes = crate::store::zeroed(step as usize * 8)?;
+            let mut bytes = zeroed(step as usize * 8)?;
             self.main.read(at.0.saturating_add(done * 8), &mut bytes)?;
             table.extend(bytes.as_chunks::<8>().0.iter().map(|entry| u64::from_be_bytes(*entry)));
             done += step;
@@ -58,11 +57,11 @@ impl<D: BlockWrite> Writer<D> {
     }
 
     /// Calls `visit` with each run of clusters that an L1 table refers to, as often as it does: those of each L2 table,
-    /// then the table itself. `visit` answers whether to go on.
+    /// then the table itself.
     pub(crate) fn for_each_cluster(
         &mut self,
         l1: &[u64],
-        visit: &mut dyn FnMut(&mut Self, Span) -> blockio::Result<bool>,
+        visit: &mut dyn FnMut(&mut Self, Span) -> blockio::Result<()>,
     ) -> blockio::Result<()> {
         let geometry = self.header.geometry;
         for (index, &entry) in l1.iter().enumerate() {
@@ -75,77 +74,19 @@ impl<D: BlockWrite> Writer<D> {
                     L2Entry::Cluster { host: Some(host), .. } => self.alloc.touched(host.0, 1),
                     L2Entry::Cluster { host: None, .. } => continue,
                 };
-                if !visit(self, span)? {
-                    return Ok(());
-                }
+                visit(self, span)?;
             }
-            if !visit(self, self.alloc.touched(table.0, 1))? {
-                return Ok(());
-            }
+            visit(self, self.alloc.touched(table.0, 1))?;
         }
         Ok(())
     }
 
-    /// Adds one to the counts of everything that an L1 table refers to. What was added before a failure is taken back.
+    /// Adds one to the counts of everything that an L1 table refers to.
     pub(crate) fn raise_tree(&mut self, l1: &[u64]) -> blockio::Result<()> {
-        let mut raised = 0u64;
-        let done = self.for_each_cluster(l1, &mut |this, span| {
-            for cluster in span.first..span.first.saturating_add(span.count) {
-                this.alloc.raise(&mut this.main, cluster)?;
-                raised += 1;
-            }
-            Ok(true)
-        });
-        if done.is_err() {
-            self.for_each_cluster(l1, &mut |this, span| {
-                for cluster in span.first..span.first.saturating_add(span.count) {
-                    if raised == 0 {
-                        return Ok(false);
-                    }
-                    this.alloc.lower(&mut this.main, cluster)?;
-                    raised -= 1;
-                }
-                Ok(true)
-            })?;
-        }
-        done
-    }
-
-    /// Takes one from the counts of everything that an L1 table refers to, and gives back the space of what nobody uses any
-    /// more. Nothing on disk may point there by this table.
-    pub(crate) fn lower_tree(&mut self, l1: &[u64]) -> blockio::Result<()> {
-        let mut freed: Vec<Span> = Vec::new();
         self.for_each_cluster(l1, &mut |this, span| {
-            for cluster in span.first..span.first.saturating_add(span.count) {
-                if this.alloc.lower(&mut this.main, cluster)? == 0 {
-                    this.forget_table(cluster << this.header.geometry.cluster_bits());
-                    match freed.last_mut() {
-                        Some(last) if last.first + last.count == cluster => last.count += 1,
-                        _ => freed.push(Span { first: cluster, count: 1 }),
-                    }
-                }
-            }
-            if freed.len() > MAX_FREED {
-                this.give_back(&core::mem::take(&mut freed))?;
-            }
-            Ok(true)
-        })?;
-        self.give_back(&freed)
-    }
-
-    /// Frees clusters at once and gives back their space.
-    pub(crate) fn drop_clusters(&mut self, at: u64, len: u64) -> blockio::Result<()> {
-        if len == 0 {
-            return Ok(());
-        }
-        let span = self.alloc.touched(at, len);
-        let mut freed = Vec::new();
-        for cluster in span.first..span.first.saturating_add(span.count) {
-            if self.alloc.lower(&mut self.main, cluster)? == 0 {
-                freed.push(Span { first: cluster, count: 1 });
-            }
-        }
-        self.give_back(&freed)
+            (span.first..span.first.saturating_add(span.count))
+                .try_for_each(|cluster| this.alloc.raise(&mut this.main, cluster))
+        })
     }
 
     /// Makes lowered counts durable, then gives back the space of what they freed.
@@ -156,51 +97,54 @@ impl<D: BlockWrite> Writer<D> {
         freed.iter().try_for_each(|span| self.main.discard(span.first << bits, span.count << bits))
     }
 
-    fn forget_table(&mut self, at: u64) {
+    pub(crate) fn forget_table(&mut self, at: u64) {
         self.l2.forget(at);
         self.forget_side(at);
     }
 
-    /// Sets or clears the copied flags of the L2 tables that an L1 table names, and of the table itself; returns whether an L1
-    /// entry changed. Changed L2 tables are in the cache afterwards.
-    pub(crate) fn set_flags(&mut self, l1: &mut [u64], how: Flags) -> blockio::Result<bool> {
+    /// Gives the entries of an L1 table, which is to be the active one, and of its L2 tables the copied flags that they are to have;
+    /// returns whether an L1 entry changed. L2 tables that change get other places.
+    pub(crate) fn set_flags(&mut self, fork: &mut Fork, l1: &mut [u64], how: Flags) -> blockio::Result<bool> {
         let geometry = self.header.geometry;
-        let places = self.fixed_places();
+        let metadata = self.fixed_places();
         let mut changed = false;
         for (index, entry) in l1.iter_mut().enumerate() {
             let Some(table) = self.table_of(index, *entry)? else { continue };
+            let mut at = table.0;
             for slot in 0..geometry.l2_entries() {
                 let guest =
                     (index as u64).saturating_mul(geometry.l2_span()).saturating_add(slot << geometry.cluster_bits());
-                if let L2Entry::Cluster { host: Some(host), copied, .. } = self.entry_in(table.0, guest)?
+                if let L2Entry::Cluster { host: Some(host), copied, .. } = self.entry_in(at, guest)?
                     && copied != self.wanted_flag(host.0, how)?
                 {
-                    let hit = places.binary_search(&(table.0 >> geometry.cluster_bits())).is_ok();
-                    if hit || table.0 >= self.main.end() {
-                        return Err(Error::new(ErrorKind::Corrupt).at(table.0));
+                    if at == table.0 {
+                        if metadata.binary_search(&(at >> geometry.cluster_bits())).is_ok() || at >= self.main.end() {
+                            return Err(Error::new(ErrorKind::Corrupt).at(at));
+                        }
+                        at = self.move_table(fork, at)?;
                     }
-                    self.flip_flag(table.0, guest)?;
+                    self.flip_flag(at, guest)?;
                 }
             }
-            let flagged = if self.wanted_flag(table.0, how)? { *entry | COPIED } else { *entry & !COPIED };
-            changed |= flagged != *entry;
-            *entry = flagged;
+            let moved = L1Entry { table: Some(HostOffset(at)), copied: self.wanted_flag(at, how)? }.encode();
+            changed |= moved != *entry;
+            *entry = moved;
         }
         Ok(changed)
     }
 
-    /// [`set_flags`](Self::set_flags) for the active state; durable afterwards.
-    pub(crate) fn set_active_flags(&mut self, how: Flags) -> blockio::Result<()> {
-        let mut l1 = core::mem::take(&mut self.l1);
-        let done = self.set_flags(&mut l1, how);
-        self.l1 = l1;
-        if done? && !self.l1.is_empty() {
-            let (first, last) = (0, self.l1.len() - 1);
-            self.set_l1(first, self.l1[first]);
-            self.set_l1(last, self.l1[last]);
-        }
-        self.sync()?;
-        self.main.flush()
+    /// Copies an L2 table to a place of the fork, and leaves the old one. Returns the place.
+    fn move_table(&mut self, fork: &mut Fork, old: u64) -> blockio::Result<u64> {
+        let cluster_size = self.header.geometry.cluster_size();
+        let new = fork.next_table()? * cluster_size;
+        let mut bytes = zeroed(cluster_size as usize)?;
+        self.with_table(old, |table| bytes.copy_from_slice(table))?;
+        self.leave(fork, old, cluster_size)?;
+        self.make_room(new)?;
+        self.l2.create(new)?.change(0..bytes.len()).copy_from_slice(&bytes);
+        self.forget_side(new);
+        self.main.extend(new + cluster_size);
+        Ok(new)
     }
 
     fn wanted_flag(&mut self, host: u64, how: Flags) -> blockio::Result<bool> {
@@ -221,7 +165,7 @@ impl<D: BlockWrite> Writer<D> {
     }
 
     /// Clusters that can't be L2 tables, sorted: header, active L1 table, refcount table and blocks.
-    fn fixed_places(&self) -> Vec<u64> {
+    pub(crate) fn fixed_places(&self) -> Vec<u64> {
         let bits = self.header.geometry.cluster_bits();
         let l1 = self.alloc.touched(self.header.l1_offset.0, (self.l1.len() as u64 * 8).max(1));
         let table_at = self.alloc.table_offset() >> bits;

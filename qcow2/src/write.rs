@@ -386,8 +386,7 @@ impl<D: BlockWrite> Writer<D> {
             L2Entry::Compressed { host, len } => self.alloc.touched(host.0, len),
             L2Entry::Cluster { host: Some(host), .. } if self.data.is_none() => self.alloc.touched(host.0, 1),
             L2Entry::Cluster { host: Some(host), .. } => {
-                self.alloc.note_used(self.alloc.touched(host.0, 1));
-                return Ok(());
+                return self.alloc.note_used(self.alloc.touched(host.0, 1));
             }
             L2Entry::Cluster { host: None, .. } => return Ok(()),
         };
@@ -450,8 +449,8 @@ impl<D: BlockWrite> Writer<D> {
             return Err(ErrorKind::Io.into());
         }
         let done = match self.state {
-            State::Fresh => self.l2.write_dirty(&mut self.main),
-            State::Live => self.sync_in_order(),
+            State::Live if !self.alloc.is_forked() => self.sync_in_order(),
+            _ => self.l2.write_dirty(&mut self.main),
         };
         self.failed = done.is_err();
         done

@@ -30,14 +30,14 @@ fn word(bytes: &[u8], at: u64) -> u64 {
 }
 
 /// Counts references to clusters and holds them against the refcounts (of 16 bits): fewer counts than references, or a
-/// copied flag where the count is not one, would be damage. Images without snapshots only.
+/// copied flag that does not say whether the count is one, would be damage. Images without snapshots only.
 fn check(bytes: &[u8]) {
     let header = Header::parse(bytes).unwrap();
     let geometry = header.geometry;
     assert_eq!(geometry.refcount_bits(), 16);
     let size = geometry.cluster_size();
     let mut references: BTreeMap<u64, u64> = BTreeMap::new();
-    let mut copied = Vec::new();
+    let mut flags = Vec::new();
     let mut refer = |at: u64, len: u64| {
         for cluster in at / size..(at + len).div_ceil(size) {
             *references.entry(cluster).or_default() += 1;
@@ -55,20 +55,16 @@ fn check(bytes: &[u8]) {
         let entry = L1Entry::decode(word(bytes, header.l1_offset.0 + index * 8));
         let Some(l2) = entry.table else { continue };
         refer(l2.0, 1);
-        if entry.copied {
-            copied.push(l2.0);
-        }
+        flags.push((l2.0, entry.copied));
         for slot in 0..geometry.l2_entries() {
             let at = l2.0 + slot * geometry.l2_entry_size();
             let bitmap = if geometry.extended_l2() { word(bytes, at + 8) } else { 0 };
             let guest = GuestOffset(index * geometry.l2_span() + slot * size);
             match format.decode(guest, word(bytes, at), bitmap).unwrap() {
                 L2Entry::Compressed { host, len } => refer(host.0, len),
-                L2Entry::Cluster { host: Some(host), copied: once, .. } => {
+                L2Entry::Cluster { host: Some(host), copied, .. } => {
                     refer(host.0, 1);
-                    if once {
-                        copied.push(host.0);
-                    }
+                    flags.push((host.0, copied));
                 }
                 L2Entry::Cluster { .. } => (),
             }
@@ -82,8 +78,8 @@ fn check(bytes: &[u8]) {
     for (&cluster, &references) in &references {
         assert!(count(cluster) >= references, "cluster {cluster}: count {} of {references}", count(cluster));
     }
-    for at in copied {
-        assert_eq!(count(at / size), 1, "copied flag of cluster {}", at / size);
+    for (at, copied) in flags {
+        assert_eq!(count(at / size) == 1, copied, "copied flag of cluster {}", at / size);
     }
 }
 
