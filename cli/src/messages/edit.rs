@@ -106,6 +106,7 @@ pub fn amend(typed: Amended<'_>, failure: &Failure) -> Problem {
     match failure.cause() {
         Cause::AmendUnsupported => Problem::new(no_amendment(failure.format())),
         Cause::AmendRefused => amend_refusal(typed, failure),
+        Cause::ResizeRefused => super::motion::resize(failure),
         _ => reason(failure),
     }
 }
