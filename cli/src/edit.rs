@@ -29,6 +29,8 @@ pub struct Edit<'a> {
     pub force_share: bool,
     /// Another image, which is read.
     pub other: Option<&'a ImageSpec>,
+    /// The images below it are not opened.
+    pub alone: bool,
 }
 
 impl Edit<'_> {
@@ -65,9 +67,10 @@ impl Edit<'_> {
         let mut machine = Vm::spawn(guest::EDIT, &self.settings.limits, Work::Data(vcpus))?;
         let mut files = Files::new(self.settings.confinement()?);
         let device = self.open(&mut files, &mut machine).map_err(|problem| unopened(self.image, problem))?;
+        self.check_alone(self.image)?;
         let read = Access { purpose: Purpose::Read, force_share: self.force_share };
         let other = self.other.map(|spec| match files.open_named(&mut machine, spec, read) {
-            Ok(device) => Ok((device, spec)),
+            Ok(device) => self.check_alone(spec).map(|()| (device, spec)),
             Err(problem) => Err(unopened(spec, problem)),
         });
         let other = other.transpose()?;
@@ -92,6 +95,14 @@ impl Edit<'_> {
                 Err(host.attendant.unopened(device, &problem).unwrap_or_else(|| unopened(spec, problem)))
             }
             _ => Err(Problem::new("The sandboxed parser sent something that makes no sense")),
+        }
+    }
+
+    /// If an image is looked at alone, nothing is said of others.
+    fn check_alone(&self, spec: &ImageSpec) -> Result<(), Problem> {
+        match self.alone {
+            true => spec.below.check_unused(spec.format).map_err(|problem| unopened(spec, problem)),
+            false => Ok(()),
         }
     }
 

@@ -7,9 +7,9 @@ use instar_guest_protocol::limits::MAX_CHAIN_DEPTH;
 use instar_guest_protocol::message::{FileRole, Format, OpenFile};
 
 use crate::confine::Confinement;
-use crate::image_opts::ImageSpec;
+use crate::image_opts::{Below, ImageSpec};
 use crate::lock::Purpose;
-use crate::open::{Opened, Stat, join_name, open_to_read, open_to_write, reopen_to_write};
+use crate::open::{Opened, Stat, join_name, open_to_read, open_to_write};
 use crate::problem::{Problem, printable};
 use crate::sandbox::{Granted, Machine};
 
@@ -45,6 +45,43 @@ pub struct Record {
     data_file: Option<NamedData>,
     /// The file with its LUKS header.
     header: Option<Granted>,
+    /// What the operator says of the image below it.
+    below: Below,
+    /// What the guest called that image when it asked for it.
+    recorded: Option<String>,
+    /// The node right below it, if that is not its file.
+    child: Option<String>,
+    /// It is known to be raw.
+    is_raw: bool,
+}
+
+/// Where a file has its place among the others.
+struct Place {
+    name: String,
+    origin: Origin,
+    home: PathBuf,
+    depth: usize,
+}
+
+impl Place {
+    /// The name, fit for a message.
+    fn shown(&self) -> String {
+        shown(&self.name, self.origin)
+    }
+}
+
+fn shown(name: &str, origin: Origin) -> String {
+    match origin {
+        Origin::Operator => name.to_owned(),
+        _ => printable(name.as_bytes()),
+    }
+}
+
+/// How a file is opened, and whether it is written.
+#[derive(Clone, Copy)]
+struct Use {
+    access: Access,
+    writable: bool,
 }
 
 /// An external data file that the operator named.
@@ -57,12 +94,80 @@ struct NamedData {
     granted: Option<Granted>,
 }
 
+/// The image below another, by the operator's will.
+enum Lower {
+    /// It is this one.
+    Named(ImageSpec),
+    /// It is the one that is recorded; this is said of it.
+    Recorded(ImageSpec),
+}
+
+impl Lower {
+    /// As it is written: by nobody else.
+    fn locked(mut self) -> Self {
+        let (Self::Named(spec) | Self::Recorded(spec)) = &mut self;
+        spec.force_share = false;
+        self
+    }
+}
+
 impl Record {
+    /// What lies below, as which the image records `name`: the operator's word goes before the guest's.
+    fn lower(&self, wanted: &OpenFile, name: &str) -> Result<Lower, Problem> {
+        match &self.below {
+            Below::Recorded => Ok(Lower::Recorded(ImageSpec::recorded(name, wanted.format()))),
+            Below::Hidden { .. } => Err(Problem::new("The sandbox asked for a backing image where there is none")),
+            Below::Given(given) if given.is_named() || wanted.name.is_empty() => {
+                given.alone(wanted.format()).map(Lower::Named)
+            }
+            Below::Given(given) => given.over(name, wanted.format()).map(Lower::Recorded),
+        }
+    }
+
+    /// QEMU's name for the image below, if the operator says which one that is.
+    pub fn named_below(&self) -> Option<String> {
+        match &self.below {
+            Below::Given(given) if given.is_named() => {
+                given.alone(Format::Unknown).ok().map(|spec| spec.shown_as(spec.format))
+            }
+            _ => None,
+        }
+    }
+
+    /// As which image the one below is recorded, once it was asked for.
+    pub fn recorded(&self) -> Option<&str> {
+        self.recorded.as_deref()
+    }
+
+    /// A file of which nothing is said but its place.
+    fn plain(file: Opened, Place { name, origin, home, depth }: Place) -> Self {
+        Self {
+            name,
+            file,
+            origin,
+            home,
+            depth,
+            lock_problem: None,
+            data_file: None,
+            header: None,
+            below: Below::Recorded,
+            recorded: None,
+            child: None,
+            is_raw: false,
+        }
+    }
+
     /// The name, fit for a message.
     pub fn shown(&self) -> String {
-        match self.origin {
-            Origin::Operator => self.name.clone(),
-            _ => printable(self.name.as_bytes()),
+        shown(&self.name, self.origin)
+    }
+
+    /// Where the image says that its data lie: QEMU's name for the node, and where that begins for what the guest sees.
+    pub fn node_of_data(&self) -> (&str, u64) {
+        match &self.child {
+            _ if self.is_raw => (&self.name, self.file.base()),
+            Some(child) => (child, 0),
+            None => (&self.name, 0),
         }
     }
 }
@@ -106,6 +211,13 @@ impl Files {
     /// The file of a device.
     pub fn get(&self, device: u32) -> Option<&Record> {
         self.records.get(&device)
+    }
+
+    /// The image on `device` is looked at alone: what the operator says of the one below counts for nothing.
+    pub fn forget_below(&mut self, device: u32) {
+        if let Some(record) = self.records.get_mut(&device) {
+            record.below = Below::Recorded;
+        }
     }
 
     /// The last file that was refused.
@@ -159,7 +271,7 @@ impl Files {
         access: Access,
     ) -> Result<Granted, Problem> {
         let file = Opened::of_spec(spec, false)?;
-        self.grant_named(machine, spec, access, file, false)
+        self.grant_named(machine, spec, file, (Origin::Operator, 1), Use { access, writable: false })
     }
 
     /// Opens and grants an image that the operator named, to be changed in place.
@@ -174,25 +286,42 @@ impl Files {
             return Err(Problem::new("Block node is read-only"));
         }
         let file = Opened::of_spec(spec, true)?;
-        Ok(self.grant_named(machine, spec, Access { purpose: Purpose::Write, force_share: false }, file, true)?.device)
+        let access = Access { purpose: Purpose::Write, force_share: false };
+        Ok(self.grant_named(machine, spec, file, (Origin::Operator, 1), Use { access, writable: true })?.device)
     }
 
+    /// Grants a file that the operator named.
     fn grant_named(
         &mut self,
         machine: &mut dyn Machine,
         spec: &ImageSpec,
-        access: Access,
-        mut file: Opened,
-        writable: bool,
+        file: Opened,
+        (origin, depth): (Origin, usize),
+        how: Use,
     ) -> Result<Granted, Problem> {
-        let lock_problem = match access.force_share || spec.force_share {
-            true => None,
-            false => take_locks(&mut file, access.purpose, spec.format, &spec.file)?,
-        };
         let home = match spec.nbd.is_some() || spec.null.is_some() {
             // What lies there names files beneath the allowed directories, if any.
             true => PathBuf::from("/"),
             false => self.confinement.allow_home_of(Path::new(&spec.file))?,
+        };
+        let place = Place { name: spec.file.clone(), origin, home, depth };
+        self.keep(machine, spec, file, place, how)
+    }
+
+    /// Locks and grants an open file, with what `spec` says of it beside its name.
+    fn keep(
+        &mut self,
+        machine: &mut dyn Machine,
+        spec: &ImageSpec,
+        mut file: Opened,
+        place: Place,
+        how: Use,
+    ) -> Result<Granted, Problem> {
+        let Use { access, writable } = how;
+        let shown = place.shown();
+        let lock_problem = match access.force_share || spec.force_share {
+            true => None,
+            false => take_locks(&mut file, access.purpose, spec.format, &shown)?,
         };
         let granted = file.grant(machine, writable)?;
         file.note_len(&granted);
@@ -201,8 +330,15 @@ impl Files {
             None => None,
         };
         let data_file = spec.data_file.clone().map(|name| NamedData { name, writable, granted: None });
-        let name = spec.file.clone();
-        let record = Record { name, file, origin: Origin::Operator, home, depth: 1, lock_problem, data_file, header };
+        let record = Record {
+            lock_problem,
+            data_file,
+            header,
+            below: spec.below.clone(),
+            child: spec.layers.first().map(|layer| layer.shown.clone()),
+            is_raw: spec.format == Format::Raw,
+            ..Record::plain(file, place)
+        };
         self.records.insert(granted.device, record);
         Ok(granted)
     }
@@ -224,20 +360,19 @@ impl Files {
         let home = self.confinement.allow_home_of(path)?;
         let granted = file.grant(machine, writable)?;
         file.note_len(&granted);
-        let (name, origin) = (name.to_owned(), Origin::Operator);
-        self.records.insert(
-            granted.device,
-            Record { name, file, origin, home, depth: 1, lock_problem, data_file: None, header: None },
-        );
+        let place = Place { name: name.to_owned(), origin: Origin::Operator, home, depth: 1 };
+        self.records.insert(granted.device, Record { lock_problem, ..Record::plain(file, place) });
         Ok(granted)
     }
 
     /// Opens and grants what an image names, within the confinement; remembers why if it doesn't.
     pub fn open_embedded(&mut self, machine: &mut dyn Machine, wanted: &OpenFile, access: Access) -> Option<Granted> {
-        let name = match self.records.get(&wanted.referrer) {
-            Some(referrer) => join_name(&referrer.name, &String::from_utf8_lossy(&wanted.name)),
-            None => String::from_utf8_lossy(&wanted.name).into_owned(),
-        };
+        let mut name = String::from_utf8_lossy(&wanted.name).into_owned();
+        if let Some(referrer) = self.records.get_mut(&wanted.referrer) {
+            let recorded = Some(name.clone()).filter(|name| wanted.role() == FileRole::Backing && !name.is_empty());
+            referrer.recorded = recorded.or(referrer.recorded.take());
+            name = join_name(&referrer.name, &name);
+        }
         let shown = printable(name.as_bytes());
         match self.try_embedded(machine, wanted, access, name, &shown) {
             Ok(granted) => Some(granted),
@@ -280,22 +415,27 @@ impl Files {
         }
         // Parts make no chain longer.
         let depth = referrer.depth + usize::from(wanted.role() != FileRole::Extent);
-        let confined = self.confinement.open(&referrer.home, &wanted.name, shown)?;
-        if self.is_ancestor(wanted.referrer, confined.stat.identity) {
-            return Err(Problem::new(format!("The image refers to itself by way of '{shown}'")));
-        }
-        let mut file = Opened::new(confined.fd, confined.stat);
-        let lock_problem = match access.force_share {
-            true => None,
-            false => take_locks(&mut file, access.purpose, wanted.format(), shown)?,
+        let how = Use { access, writable: false };
+        let lower = match wanted.role() {
+            FileRole::Backing => referrer.lower(wanted, &name)?,
+            _ => Lower::Recorded(ImageSpec::recorded(&name, wanted.format())),
         };
-        let granted = file.grant(machine, false)?;
-        file.note_len(&granted);
-        self.records.insert(
-            granted.device,
-            Record { name, file, origin, home: confined.dir, depth, lock_problem, data_file: None, header: None },
-        );
-        Ok(granted)
+        match lower {
+            // Whatever it is and wherever it lies: the operator's names are not confined, and they come to an end.
+            Lower::Named(spec) => {
+                let file = Opened::of_spec(&spec, false)?;
+                self.grant_named(machine, &spec, file, (origin, depth), how)
+            }
+            Lower::Recorded(spec) => {
+                spec.below.heed(spec.format)?;
+                let confined = self.confinement.open(&referrer.home, &wanted.name, shown)?;
+                if self.is_ancestor(wanted.referrer, confined.stat.identity) {
+                    return Err(Problem::new(format!("The image refers to itself by way of '{shown}'")));
+                }
+                let file = Opened::new(confined.fd, confined.stat).cut_as(&spec)?;
+                self.keep(machine, &spec, file, Place { name, origin, home: confined.dir, depth }, how)
+            }
+        }
     }
 
     /// Opens and grants the external data file that the operator named for an image, once; `None` if there is none.
@@ -315,38 +455,41 @@ impl Files {
         let (mut file, granted) = open_data(machine, &name, named.writable, access)?;
         named.granted = Some(granted);
         file.note_len(&granted);
-        let origin = Origin::Data(wanted.referrer);
-        let record = Record { name, file, origin, home, depth, lock_problem: None, data_file: None, header: None };
-        self.records.insert(granted.device, record);
+        let place = Place { name, origin: Origin::Data(wanted.referrer), home, depth };
+        self.records.insert(granted.device, Record::plain(file, place));
         Ok(Some(granted))
     }
 
-    /// Opens and grants a backing image that is to be written, within the confinement. `None` if it can't be opened at all: that is told
-    /// when it is asked for to be read.
+    /// Opens and grants a backing image that is to be written, within the confinement unless the operator named it. `None` if it can't be
+    /// opened at all: that is told when it is asked for to be read.
     pub fn open_base(&mut self, machine: &mut dyn Machine, wanted: &OpenFile) -> Option<Result<Granted, Problem>> {
         let referrer = self.records.get(&wanted.referrer)?;
         let name = join_name(&referrer.name, &String::from_utf8_lossy(&wanted.name));
         let shown = printable(name.as_bytes());
-        let depth = referrer.depth + 1;
-        let confined = self.confinement.open(&referrer.home, &wanted.name, &shown).ok()?;
-        if depth > MAX_CHAIN_DEPTH || self.is_ancestor(wanted.referrer, confined.stat.identity) {
+        let (origin, depth) = (Origin::Backing(wanted.referrer), referrer.depth + 1);
+        if depth > MAX_CHAIN_DEPTH {
             return None;
         }
-        let mut written = || {
-            let fd = reopen_to_write(&confined.fd).map_err(|errno| Problem::file("reopen", &shown, errno))?;
-            let mut file = Opened::new(fd, confined.stat);
-            file.lock(Purpose::Write, &shown)?;
-            let granted = file.grant(machine, true)?;
-            file.note_len(&granted);
-            Ok((file, granted))
-        };
-        Some(written().map(|(file, granted)| {
-            let origin = Origin::Backing(wanted.referrer);
-            let (lock_problem, data_file, header) = (None, None, None);
-            let record = Record { name, file, origin, home: confined.dir, depth, lock_problem, data_file, header };
-            self.records.insert(granted.device, record);
-            granted
-        }))
+        let how = Use { access: Access { purpose: Purpose::Write, force_share: false }, writable: true };
+        let writable = |file: Opened| file.into_writable().map_err(|errno| Problem::file("reopen", &shown, errno));
+        match referrer.lower(wanted, &name).ok()?.locked() {
+            Lower::Named(spec) => {
+                let file = Opened::of_spec(&spec, false).ok()?;
+                let file = writable(file);
+                Some(file.and_then(|file| self.grant_named(machine, &spec, file, (origin, depth), how)))
+            }
+            Lower::Recorded(spec) => {
+                let confined = self.confinement.open(&referrer.home, &wanted.name, &shown).ok()?;
+                if self.is_ancestor(wanted.referrer, confined.stat.identity) {
+                    return None;
+                }
+                let file =
+                    spec.below.heed(spec.format).and_then(|()| Opened::new(confined.fd, confined.stat).cut_as(&spec));
+                let file = file.and_then(writable);
+                let place = Place { name, origin, home: confined.dir, depth };
+                Some(file.and_then(|file| self.keep(machine, &spec, file, place, how)))
+            }
+        }
     }
 
     /// Is the file one of the images on the way from the operator's image to `device`?
@@ -544,6 +687,39 @@ mod tests {
             }
         }
         assert_eq!(machine.granted, 1);
+    }
+
+    /// Whatever a guest that was taken over asks for below an image, the operator has said what lies there.
+    #[test]
+    fn the_operators_word_goes_before_the_guests() {
+        let (tmp, mut files, mut machine) = setup(&["top", "x"]);
+        let outside = tempfile::NamedTempFile::new().unwrap();
+        let (top, other) = (tmp.path().join("top"), outside.path());
+        let mut ask = |more: &str, names: &[&str]| -> Vec<String> {
+            let spec = ImageSpec::of_opts(&format!("driver=qcow2,file.filename={}{more}", top.display())).unwrap();
+            let device = files.open_named(&mut machine, &spec, READ).unwrap();
+            let told = names.iter().map(|name| {
+                match files.open_embedded(&mut machine, &wanted(device, name, FileRole::Backing), READ) {
+                    Some(granted) => files.get(granted.device).unwrap().name.clone(),
+                    None => files.refusal().unwrap().problem.to_string(),
+                }
+            });
+            told.collect()
+        };
+        let beside = tmp.path().join("x").display().to_string();
+        let names = ["x", "", "/etc/passwd"];
+        assert_eq!(ask("", &names)[0], beside);
+        for told in ask(",backing=", &names) {
+            assert_eq!(told, "The sandbox asked for a backing image where there is none");
+        }
+        let named = format!(",backing.driver=raw,backing.file.filename={}", other.display());
+        assert_eq!(ask(&named, &names), vec![other.display().to_string(); 3]);
+        let told = ask(",backing.driver=raw", &names);
+        assert_eq!(
+            (told[0].as_str(), told[1].as_str()),
+            (beside.as_str(), "A block device must be specified for \"file\"")
+        );
+        assert!(told[2].contains("lies outside"), "{told:?}");
     }
 
     #[test]

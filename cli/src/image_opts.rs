@@ -1,5 +1,7 @@
 //! Which image the operator means: a file name with `-f`, an `--image-opts` list, or a `json:` file name.
 
+mod below;
+
 use instar_guest_protocol::message::{Format, VhdSize};
 use serde_json::Value;
 
@@ -10,6 +12,8 @@ use crate::nbd::Address;
 use crate::open;
 use crate::options::{parse_size, split};
 use crate::problem::Problem;
+
+pub use self::below::Below;
 
 /// An image that the operator named.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,8 +32,8 @@ pub struct ImageSpec {
     pub nbd: Option<Address>,
     /// The secret that opens an encrypted image.
     pub key_secret: Option<String>,
-    /// The secrets that open encrypted images below it, with their depth: 1 is its backing image.
-    pub backing_secrets: Vec<(u32, String)>,
+    /// What is said of the image below it.
+    pub below: Below,
     /// The file with its LUKS header, if that is one of its own.
     pub header: Option<String>,
     /// Which size of a VHD counts.
@@ -207,7 +211,7 @@ impl ImageSpec {
             force_share: false,
             nbd: None,
             key_secret: None,
-            backing_secrets: Vec::new(),
+            below: Below::Recorded,
             header: None,
             vhd_size: VhdSize::ByCreator,
             read_only: false,
@@ -219,7 +223,13 @@ impl ImageSpec {
         }
     }
 
-    fn of_settings(given: &str, mut settings: Vec<Setting>) -> Result<Self, Problem> {
+    /// A backing image by the name and format that are recorded.
+    pub fn recorded(name: &str, format: Format) -> Self {
+        Self::of_name(name, name.to_owned(), format)
+    }
+
+    fn of_settings(given: &str, settings: Vec<Setting>) -> Result<Self, Problem> {
+        let (mut settings, below) = Below::split(settings);
         let mut found = Keys::default();
         while let Some(node) = found.peel(&mut settings)? {
             found.below.push(node);
@@ -227,7 +237,7 @@ impl ImageSpec {
         for setting in &settings {
             found.take(setting)?;
         }
-        found.finish(given)
+        Ok(Self { below, ..found.finish(given)? })
     }
 
     /// How QEMU names the image, which turned out to be of this format.
@@ -270,7 +280,6 @@ struct Keys {
     has_inner_file: bool,
     own_name: Option<String>,
     encryption: Vec<(String, String)>,
-    backing_secrets: Vec<(u32, String)>,
     header: Header,
     unshared: bool,
     size_calc: Option<String>,
@@ -282,7 +291,6 @@ struct Keys {
     read_only: bool,
     discard: bool,
     unmaps: bool,
-    refused: Option<String>,
     /// All of them, as given.
     given: Vec<(String, String)>,
     /// Of a raw image.
@@ -380,20 +388,6 @@ impl Keys {
         }
     }
 
-    /// Takes the secret of an image further down; `false`: it is something else.
-    fn take_of_backing(&mut self, key: &str, value: &str) -> bool {
-        let (mut depth, mut rest) = (0, key);
-        while let Some(below) = rest.strip_prefix("backing.") {
-            (depth, rest) = (depth + 1, below);
-        }
-        match rest {
-            "encrypt.key-secret" | "key-secret" if depth > 0 => self.backing_secrets.push((depth, value.to_owned())),
-            "encrypt.format" if depth > 0 => {}
-            _ => return false,
-        }
-        true
-    }
-
     fn take_of_file(&mut self, key: &str, value: &str) -> Result<(), Problem> {
         match key {
             "driver" => self.file_driver = Some(value.to_owned()),
@@ -420,16 +414,12 @@ impl Keys {
     fn take_of_format(&mut self, key: &str, value: &str) -> Result<(), Problem> {
         if let Some(key) = key.strip_prefix("header.") {
             self.take_of_header(key, value);
-        } else if key.starts_with("backing.") && self.take_of_backing(key, value) {
-            // It counts for another image.
         } else if key.starts_with("encrypt.") || key == "key-secret" {
             self.encryption.push((key.to_owned(), value.to_owned()));
         } else if let Some(key) = key.strip_prefix("data-file.") {
             self.data.push((key.to_owned(), value.to_owned()));
         } else if key == "force_size_calc" {
             self.size_calc = Some(value.to_owned());
-        } else if NOT_PROVIDED.contains(&key) || key.starts_with("backing.") {
-            self.refused = Some(key.to_owned());
         } else if QCOW2_SWITCHES.contains(&key) {
             switch(key, value)?;
         } else if QCOW2_SIZES.contains(&key) {
@@ -571,7 +561,7 @@ impl Keys {
         let named = match format {
             Format::File => self.own_name.as_deref(),
             _ if !self.has_file => return Err(no_device()),
-            _ if self.has_inner_file && self.file_driver.is_none() => {
+            _ if (self.has_inner_file || self.file_name.is_none()) && self.file_driver.is_none() => {
                 return Err(Problem::new("Must specify either driver or file"));
             }
             _ => self.file_name.as_deref(),
@@ -613,9 +603,6 @@ impl Keys {
         if let Some(key) = self.unknown_of_file {
             return Err(Problem::new(format!("Block protocol 'file' doesn't support the option '{key}'")));
         }
-        if let Some(key) = self.refused {
-            return Err(Problem::new(format!("The option '{key}' is not provided by this version")));
-        }
         let header = self.header_name()?;
         let key_secret = self.key_secret();
         let vhd_size = match self.size_calc.as_deref() {
@@ -630,7 +617,6 @@ impl Keys {
         let spec = ImageSpec {
             force_share: self.force_share || self.unshared,
             key_secret,
-            backing_secrets: self.backing_secrets.clone(),
             header: header.clone(),
             vhd_size,
             read_only: self.read_only,
@@ -680,8 +666,6 @@ const QCOW2_SWITCHES: &[&str] =
 /// Likewise, with sizes and numbers.
 const QCOW2_SIZES: &[&str] =
     &["cache-clean-interval", "cache-size", "l2-cache-entry-size", "l2-cache-size", "refcount-cache-size"];
-/// Options of qemu-img that this version lacks.
-const NOT_PROVIDED: &[&str] = &["backing"];
 
 fn check_common(key: &str, value: &str) -> Result<(), Problem> {
     match key {
@@ -825,6 +809,12 @@ fn flatten(prefix: &str, members: serde_json::Map<String, Value>, keys: &mut Vec
     for (name, value) in members {
         let key = format!("{prefix}{name}");
         match value {
+            Value::Object(inner) if inner.is_empty() && name == "backing" => {
+                keys.push(Setting { bare: true, ..Setting::new(key, "{}") });
+            }
+            Value::Array(items) if items.is_empty() && name == "backing" => {
+                keys.push(Setting { bare: true, ..Setting::new(key, "[]") });
+            }
             Value::Object(inner) => flatten(&format!("{key}."), inner, keys),
             Value::Array(items) => {
                 let items = items.into_iter().enumerate().map(|(at, item)| (at.to_string(), item)).collect();
@@ -981,15 +971,6 @@ mod tests {
         ] {
             assert_eq!(opts(text).unwrap_err(), format!("Could not open '{text}': {want}"));
         }
-    }
-
-    #[test]
-    fn secrets_of_backing_images() {
-        let spec =
-            opts("driver=qcow2,file.filename=t,backing.encrypt.key-secret=b,backing.backing.key-secret=c").unwrap();
-        assert_eq!(spec.backing_secrets, [(1, "b".to_owned()), (2, "c".to_owned())]);
-        assert_eq!((spec.key_secret, spec.shown.as_str()), (None, "t"));
-        assert!(opts("driver=qcow2,file.filename=t,backing.file.filename=b").unwrap_err().contains("not provided"));
     }
 
     #[test]

@@ -74,6 +74,7 @@ pub fn open_failure(failure: &Failure) -> Problem {
             return Problem::new("Its format is not recorded, and it refers to further files")
                 .with_hint("Record the format of the backing file in the image that names it (rebase -u -F FMT).");
         }
+        Cause::BackingUnsupported => "Driver doesn't support backing files".to_owned(),
         Cause::UnknownBackingFormat => format!("Unknown driver '{}'", printable(&failure.text)),
         Cause::ParentMismatch => format!(
             "The parent is not the image that this one was made on, or was changed since (wanted: {})",

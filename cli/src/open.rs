@@ -128,16 +128,25 @@ impl Opened {
     /// # Errors
     /// The message, `Could not open 'F': …` where the system refused.
     pub fn of_spec(spec: &ImageSpec, writable: bool) -> Result<Self, Problem> {
-        let mut opened = match (&spec.nbd, spec.null) {
+        spec.below.heed(spec.format)?;
+        let opened = match (&spec.nbd, spec.null) {
             (Some(address), _) => Self::of_nbd(address),
             (None, Some(null)) => Self::of_null(null),
             (None, None) if writable => open_to_write(Path::new(&spec.file)),
             (None, None) => open_to_read(Path::new(&spec.file)),
         }?;
+        opened.cut_as(spec)
+    }
+
+    /// With what the image and the nodes below it show of the file.
+    ///
+    /// # Errors
+    /// They show what the file does not have.
+    pub fn cut_as(mut self, spec: &ImageSpec) -> Result<Self, Problem> {
         if !spec.layers.is_empty() || spec.slice != Slice::default() {
-            opened.cut(spec)?;
+            self.cut(spec)?;
         }
-        Ok(opened)
+        Ok(self)
     }
 
     /// Leaves of the file what the image and the nodes below it show of it.
@@ -152,6 +161,18 @@ impl Opened {
         }
         self.window = extent.cut(spec.slice)?.window();
         Ok(())
+    }
+
+    /// The same, for writing.
+    ///
+    /// # Errors
+    /// As `open`.
+    pub fn into_writable(mut self) -> Result<Self, Errno> {
+        // Sockets and memory are.
+        if matches!(self.stat.kind, FileKind::Regular | FileKind::Block) {
+            self.fd = reopen_to_write(&self.fd)?;
+        }
+        Ok(self)
     }
 
     /// Where the guest's part of it begins, bytes.
@@ -277,7 +298,7 @@ pub fn open_to_write(path: &Path) -> Result<Opened, Problem> {
 ///
 /// # Errors
 /// As `open`.
-pub fn reopen_to_write(file: &OwnedFd) -> Result<OwnedFd, Errno> {
+fn reopen_to_write(file: &OwnedFd) -> Result<OwnedFd, Errno> {
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     openat(CWD, path, OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOCTTY, Mode::empty())
 }

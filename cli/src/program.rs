@@ -104,6 +104,12 @@ impl Program {
     }
 }
 
+/// Prints a warning where it is not known how the program was called.
+pub fn warn(text: &str) {
+    let called = std::env::args_os().next().unwrap_or_default();
+    Program::new(called.to_string_lossy().into_owned()).warn(text);
+}
+
 /// Writes to standard output and makes sure that it arrived.
 ///
 /// # Errors

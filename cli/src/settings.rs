@@ -4,14 +4,15 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use instar_guest_protocol::message::{BackingKey, Format, Key, Source};
+use instar_guest_protocol::limits::MAX_CHAIN_DEPTH;
+use instar_guest_protocol::message::{self, BackingChoice, Format, Key, Source};
 use zeroize::Zeroizing;
 
 use crate::args::{Found, Key as ArgKey, Opt};
 use crate::commands::{Objects, read_secret_file};
 use crate::config::{self, Config, Output};
 use crate::confine::Confinement;
-use crate::image_opts::ImageSpec;
+use crate::image_opts::{Below, ImageSpec};
 use crate::output::progress::Show;
 use crate::problem::Problem;
 use crate::program::{Fail, Program};
@@ -181,8 +182,8 @@ impl Settings {
             vhd_size: 0,
             key: None,
             data_file_named: false,
-            backing_keys: Vec::new(),
             detached_header: false,
+            below: Vec::new(),
         }
     }
 
@@ -202,12 +203,51 @@ impl Settings {
     /// As [`key`](Self::key).
     pub fn readable(&self, device: u32, spec: &ImageSpec) -> Result<Source, Problem> {
         let data_file_named = spec.data_file.is_some();
-        let below = |(depth, id): &(u32, String)| match self.objects.passphrase(id) {
-            Ok(passphrase) => Ok(BackingKey { depth: *depth, key: Some(self.key_of(passphrase)) }),
-            Err(problem) => Err((0..*depth).fold(problem, |problem, _| problem.within("Could not open backing file"))),
-        };
-        let backing_keys = spec.backing_secrets.iter().map(below).collect::<Result<_, _>>()?;
-        Ok(Source { key: self.key(spec)?, backing_keys, data_file_named, ..self.source_of(device, spec) })
+        Ok(Source { key: self.key(spec)?, data_file_named, below: self.below(spec)?, ..self.source_of(device, spec) })
+    }
+
+    /// What the guest is told of the images below one.
+    ///
+    /// # Errors
+    /// A secret that is not there or can't be read. The message is without the image's name.
+    pub fn below(&self, spec: &ImageSpec) -> Result<Vec<message::Below>, Problem> {
+        let of = |choice: BackingChoice| message::Below { choice: choice.into(), ..message::Below::default() };
+        let mut told = Vec::new();
+        let mut said = spec.below.clone();
+        while told.len() < MAX_CHAIN_DEPTH {
+            let given = match said {
+                Below::Recorded => break,
+                Below::Hidden { .. } => {
+                    told.push(of(BackingChoice::Hidden));
+                    break;
+                }
+                Below::Given(given) => given,
+            };
+            let choice = if given.is_named() { BackingChoice::Named } else { BackingChoice::Adjusted };
+            // What is wrong with it is told once it is asked for.
+            let Some(spec) = given.likely() else {
+                told.push(of(choice));
+                break;
+            };
+            let within = |problem| {
+                (0..=told.len()).fold(problem, |problem: Problem, _| problem.within("Could not open backing file"))
+            };
+            let key = spec.key_secret.as_ref().map(|id| self.objects.passphrase(id)).transpose().map_err(within)?;
+            let source = self.source_of(0, &spec);
+            told.push(message::Below {
+                choice: choice.into(),
+                format: source.format,
+                key: key.map(|passphrase| self.key_of(passphrase)),
+                vhd_size: source.vhd_size,
+                known_only: source.known_only && given.is_named(),
+                follow_probed: given.is_named(),
+                named_dmg: source.named_dmg,
+                data_file_named: spec.data_file.is_some(),
+                detached_header: source.detached_header,
+            });
+            said = spec.below;
+        }
+        Ok(told)
     }
 
     /// What opens an encrypted image: the secret that it names, or else `--passphrase-file`.

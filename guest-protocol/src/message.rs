@@ -99,23 +99,58 @@ pub struct Source {
     /// The user named its external data file: it is to have one.
     #[prost(bool, tag = "71")]
     pub data_file_named: bool,
-    /// Open encrypted images below it.
-    #[prost(message, repeated, tag = "72")]
-    pub backing_keys: Vec<BackingKey>,
     /// Its LUKS header lies in a file of its own, for which the guest asks.
     #[prost(bool, tag = "73")]
     pub detached_header: bool,
+    /// What the user says of the images below it, its backing image first.
+    #[prost(message, repeated, tag = "74")]
+    pub below: Vec<Below>,
 }
 
-/// What opens an image of a chain.
+/// What the user says of an image below another. The fields are those of [`Source`].
 #[derive(Clone, PartialEq, prost::Message)]
-pub struct BackingKey {
-    /// Steps from the image that the user named: 1 is its backing image.
-    #[prost(uint32, tag = "1")]
-    pub depth: u32,
-    /// The key.
-    #[prost(message, optional, tag = "2")]
+pub struct Below {
+    /// Which image it is.
+    #[prost(enumeration = "BackingChoice", tag = "1")]
+    pub choice: i32,
+    /// [`Format::Unknown`]: as recorded.
+    #[prost(enumeration = "Format", tag = "2")]
+    pub format: i32,
+    /// Opens it if it is encrypted.
+    #[prost(message, optional, tag = "3")]
     pub key: Option<Key>,
+    /// Of a VHD.
+    #[prost(enumeration = "VhdSize", tag = "4")]
+    pub vhd_size: i32,
+    /// Bytes without any known mark are an error.
+    #[prost(bool, tag = "5")]
+    pub known_only: bool,
+    /// It may refer to further files even if nobody says what format it has.
+    #[prost(bool, tag = "6")]
+    pub follow_probed: bool,
+    /// The file's name makes it an Apple disk image.
+    #[prost(bool, tag = "7")]
+    pub named_dmg: bool,
+    /// The user named its external data file.
+    #[prost(bool, tag = "8")]
+    pub data_file_named: bool,
+    /// Its LUKS header lies in a file of its own.
+    #[prost(bool, tag = "9")]
+    pub detached_header: bool,
+}
+
+/// Which image lies below another. Which file that is, is the host's decision, whatever the guest asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum BackingChoice {
+    /// The one that the image records, if any.
+    Recorded = 0,
+    /// None, whatever the image records.
+    Hidden = 1,
+    /// The one that the image records, opened as said here; if it records none, one without a name is asked for.
+    Adjusted = 2,
+    /// One that the user named, asked for in the same way.
+    Named = 3,
 }
 
 /// What opens an encrypted image, and what that may cost.
@@ -916,6 +951,9 @@ pub struct RebaseRequest {
     /// Send [`Progress`].
     #[prost(bool, tag = "9")]
     pub progress: bool,
+    /// What the user says of the images below the new backing image.
+    #[prost(message, repeated, tag = "10")]
+    pub new_below: Vec<Below>,
 }
 
 /// Move the contents of an image, whose device is writable, into an image below it.
@@ -1237,7 +1275,7 @@ pub struct OpenFile {
     /// The device whose image names the file (0 for targets).
     #[prost(uint32, tag = "2")]
     pub referrer: u32,
-    /// The name as it stands in the image; empty for targets.
+    /// The name as it stands in the image; empty for targets, and where none is recorded.
     #[prost(bytes = "vec", tag = "3")]
     pub name: Vec<u8>,
     /// Targets: virtual size of the image to be written, bytes.
@@ -1507,7 +1545,7 @@ pub enum Cause {
     ResizeUnsupported = 120,
     /// The disk can't get the wanted size: `value` = [`ResizeRefusal`].
     ResizeRefused = 121,
-    /// Images of `format` have no backing file that could be changed.
+    /// Images of `format` have no backing file, or none that could be changed.
     BackingUnsupported = 122,
     /// A backing file without a format.
     BackingFormatMissing = 123,

@@ -61,7 +61,21 @@ fn source() -> m::Source {
         vhd_size: m::VhdSize::Current.into(),
         key: Some(key()),
         data_file_named: true,
-        backing_keys: vec![m::BackingKey { depth: 1, key: Some(key()) }],
+        detached_header: true,
+        below: vec![below()],
+    }
+}
+
+fn below() -> m::Below {
+    m::Below {
+        choice: m::BackingChoice::Named.into(),
+        format: m::Format::Qcow2.into(),
+        key: Some(key()),
+        vhd_size: m::VhdSize::Current.into(),
+        known_only: true,
+        follow_probed: true,
+        named_dmg: true,
+        data_file_named: true,
         detached_header: true,
     }
 }
@@ -302,6 +316,7 @@ fn requests_are_the_same() {
             flush: true,
             threads: 2,
             progress: true,
+            new_below: vec![below()],
         }),
         Operation::Commit(m::CommitRequest {
             image: source(),
@@ -443,6 +458,7 @@ fn enums_are_the_same() {
     let pool = pool();
     assert_enum::<m::Format>(&pool, "Format");
     assert_enum::<m::VhdSize>(&pool, "VhdSize");
+    assert_enum::<m::BackingChoice>(&pool, "BackingChoice");
     assert_enum::<m::Preallocation>(&pool, "Preallocation");
     assert_enum::<m::FileRole>(&pool, "FileRole");
     assert_enum::<m::Step>(&pool, "Step");
@@ -460,5 +476,5 @@ fn enums_are_the_same() {
     assert_enum::<m::FindingKind>(&pool, "FindingKind");
     assert_enum::<m::FormatFault>(&pool, "FormatFault");
     assert_enum::<m::VmdkFault>(&pool, "VmdkFault");
-    assert_eq!(pool.all_enums().count(), 19, "an enum without a check");
+    assert_eq!(pool.all_enums().count(), 20, "an enum without a check");
 }

@@ -6,9 +6,9 @@ use core::cell::Cell;
 
 use instar_blockio::{FileId, Layer, MemBlock, Overlay};
 use instar_guest_protocol::limits::MAX_CHAIN_DEPTH;
-use instar_guest_protocol::message::{BackingKey, Cause, Failure, FileRole, Format, OpenFile, Source, Step, VhdSize};
+use instar_guest_protocol::message::{BackingChoice, Below, Cause, Failure, FileRole, Format, OpenFile, Source, Step};
 
-use crate::formats::{OpenImage, format_by_name, open_image, open_named};
+use crate::formats::{OpenImage, can_have_backing, open_named};
 use crate::ops::failure::about;
 use crate::platform::Platform;
 
@@ -23,20 +23,29 @@ pub fn open_source<P: Platform>(platform: &P, source: &Source, top_only: bool) -
     let (layers, ends_here) = match top_only {
         true => {
             let image = open_top(platform, source)?;
-            let ends_here = image.backing().is_none();
+            let how = Opening::of(source, true);
+            let ends_here = Link::below(source.device, &*image, &how)?.is_none();
+            if how.next().is_some_and(|said| said.choice() == BackingChoice::Named) {
+                // It is not read, but the host is to know all files that the user named before it makes another one.
+                open_below(platform, source.device, &*image, &how)?;
+            }
             (alloc::vec![image.into_layer()], ends_here)
         }
         false => (open_layers(platform, source, None)?.into_iter().map(|layer| layer.disk).collect(), false),
     };
     let mut layers: Vec<Box<dyn Layer>> = layers;
     if ends_here {
-        // An empty layer below: behind its end, everything reads as zero.
-        layers.push(Box::new(MemBlock::from(Vec::new())));
+        layers.push(nothing());
     }
     Ok(match layers.len() {
         1 => layers.swap_remove(0),
         _ => Box::new(Overlay::new(layers)),
     })
+}
+
+/// An empty layer: behind its end, everything reads as zero.
+fn nothing() -> Box<dyn Layer> {
+    Box::new(MemBlock::from(Vec::new()))
 }
 
 /// One image of a chain.
@@ -107,6 +116,10 @@ pub(crate) fn open_below<P: Platform>(
     image: &dyn OpenImage<P>,
     how: &Opening<'_>,
 ) -> Result<Option<Box<dyn Layer>>, Failure> {
+    if how.next().is_some_and(|said| said.choice() == BackingChoice::Hidden) {
+        // Who writes into an image that records another must not find that missing.
+        return Ok(image.backing().map(|_| nothing()));
+    }
     let mut below = open_backing(platform, device, image, how)?;
     let mut layers: Vec<Box<dyn Layer>> = Vec::new();
     while let Some((device, image)) = below {
@@ -123,25 +136,6 @@ pub(crate) fn open_below<P: Platform>(
     })
 }
 
-/// The image that is to be written by `commit`, if the host says that it is the one below `image`: granted for writing, with its format
-/// as far as it is recorded.
-///
-/// # Errors
-/// A format that nobody knows.
-pub(crate) fn request_base<P: Platform>(
-    platform: &P,
-    device: u32,
-    image: &dyn OpenImage<P>,
-) -> Result<Option<(u32, Format)>, Failure> {
-    let Some(backing) = image.backing() else { return Ok(None) };
-    let recorded = recorded_format(device, backing.driver)?;
-    let mut granted = backing
-        .names
-        .into_iter()
-        .filter_map(|name| request_file(platform, FileId(device), FileRole::CommitBase, name, recorded, true).ok());
-    Ok(granted.next().map(|id| (id.0, recorded)))
-}
-
 /// A chain that is longer than what is accepted.
 pub(crate) fn too_deep(device: u32) -> Failure {
     Failure { value: MAX_CHAIN_DEPTH as u64, ..about(Step::Open, FileId(device), Cause::ChainTooDeep) }
@@ -156,10 +150,10 @@ pub(crate) struct Opening<'a> {
     pub strict: bool,
     /// See [`Source::follow_probed`].
     pub follow_probed: bool,
-    /// Keys of encrypted images.
-    keys: &'a [BackingKey],
-    /// Images that have been opened below the first one.
-    depth: Cell<u32>,
+    /// What the user says of the images below the first one, from the top.
+    said: &'a [Below],
+    /// How many of them have been opened.
+    depth: Cell<usize>,
 }
 
 impl<'a> Opening<'a> {
@@ -169,53 +163,143 @@ impl<'a> Opening<'a> {
             parts,
             strict: source.strict,
             follow_probed: source.follow_probed,
-            keys: &source.backing_keys,
+            said: &source.below,
             depth: Cell::new(0),
         }
     }
 
-    /// Unlocks the next image on the way down, if the user named a key for it.
+    /// What the user says of the next image on the way down.
+    fn next(&self) -> Option<&'a Below> {
+        self.said.get(self.depth.get())
+    }
+}
+
+/// The way from an image to the one below it.
+struct Link {
+    /// Names to ask for, the best first.
+    names: Vec<Vec<u8>>,
+    /// How the image there is opened; its device is not known yet.
+    source: Source,
+}
+
+impl Link {
+    /// From the image that was opened last; `None`: nothing lies below it.
+    fn below<P: Platform>(device: u32, image: &dyn OpenImage<P>, how: &Opening<'_>) -> Result<Option<Self>, Failure> {
+        let said = how.next();
+        let choice = said.map_or(BackingChoice::Recorded, Below::choice);
+        let recorded = match (choice, image.backing()) {
+            (BackingChoice::Hidden, _) | (BackingChoice::Recorded, None) => return Ok(None),
+            (_, recorded) => recorded,
+        };
+        if choice != BackingChoice::Recorded && !can_have_backing(image.format()) {
+            return Err(about(Step::Open, FileId(device), Cause::BackingUnsupported));
+        }
+        let mut source = said.map_or_else(Source::default, source_of);
+        source.strict = how.strict;
+        source.follow_probed |= how.follow_probed;
+        let (mut names, driver) = recorded.map_or((Vec::new(), None), |recorded| (recorded.names, recorded.driver));
+        if source.format() == Format::Unknown {
+            source.format = recorded_format(device, driver)?.into();
+        }
+        if choice != BackingChoice::Named {
+            source.named_dmg = names.iter().any(|name| name.ends_with(b".dmg"));
+        }
+        if names.is_empty() {
+            names.push(Vec::new());
+        }
+        Ok(Some(Self { names, source }))
+    }
+
+    /// Opens the image in a granted file, without its further files.
     ///
-    /// # Errors
-    /// A key that does not open it.
-    pub(crate) fn unlock_next<P: Platform>(&self, platform: &P, image: &mut dyn OpenImage<P>) -> Result<(), Failure> {
-        let depth = self.depth.get().saturating_add(1);
-        self.depth.set(depth);
-        let found = self.keys.iter().find(|found| found.depth == depth).and_then(|found| found.key.as_ref());
-        found.map_or(Ok(()), |key| image.unlock(platform, key))
+    /// Without a format, recorded or given, the file is looked at; it is taken only if it refers to nothing further, unless the user named
+    /// it: bytes that a guest wrote must not decide which other files are read.
+    fn open<P: Platform>(
+        mut self,
+        platform: &P,
+        device: u32,
+        how: &Opening<'_>,
+    ) -> Result<Box<dyn OpenImage<P>>, Failure> {
+        let key = self.source.key.take();
+        // Judged and used is one opening: what is probed again might look different.
+        let mut found = open_named(platform, &Source { device, ..self.source.clone() })?;
+        let guessed = self.source.format() == Format::Unknown && !self.source.follow_probed;
+        if guessed && !found.references().is_empty() {
+            return Err(about(Step::Open, FileId(device), Cause::BackingFormatNeeded));
+        }
+        if let Some(key) = key {
+            found.unlock(platform, &key)?;
+        }
+        how.depth.set(how.depth.get().saturating_add(1));
+        Ok(found)
+    }
+}
+
+fn source_of(said: &Below) -> Source {
+    Source {
+        format: said.format,
+        known_only: said.known_only,
+        follow_probed: said.follow_probed,
+        named_dmg: said.named_dmg,
+        vhd_size: said.vhd_size,
+        key: said.key.clone(),
+        data_file_named: said.data_file_named,
+        detached_header: said.detached_header,
+        ..Source::default()
     }
 }
 
 /// The image below another, and its device.
-type Below<P> = (u32, Box<dyn OpenImage<P>>);
+type Lower<P> = (u32, Box<dyn OpenImage<P>>);
 
 /// Opens what lies below an image, if anything.
 ///
-/// A backing file whose format is not recorded is looked at; it is taken only if it refers to nothing further, since bytes that a
-/// guest wrote must not decide which other files are read.
+/// # Errors
+/// An image that can't be had or opened, or does not fit.
 pub(crate) fn open_backing<P: Platform>(
     platform: &P,
     device: u32,
     image: &dyn OpenImage<P>,
     how: &Opening<'_>,
-) -> Result<Option<Below<P>>, Failure> {
-    let Some(backing) = image.backing() else { return Ok(None) };
-    let recorded = recorded_format(device, backing.driver)?;
-    let below = request_first(platform, device, &backing.names, recorded)?;
-    // Judged and used is one opening: what is probed again might look different.
-    let named_dmg = backing.names.iter().any(|name| name.ends_with(b".dmg"));
-    let format = format_by_name(platform, below, recorded, named_dmg)?;
-    let mut found = open_image(platform, below, format, how.strict, VhdSize::ByCreator)?;
-    if recorded == Format::Unknown && !how.follow_probed && !found.references().is_empty() {
-        return Err(about(Step::Open, FileId(below), Cause::BackingFormatNeeded));
-    }
-    how.unlock_next(platform, &mut *found)?;
+) -> Result<Option<Lower<P>>, Failure> {
+    let Some(link) = Link::below(device, image, how)? else { return Ok(None) };
+    let below = request_first(platform, device, &link.names, link.source.format())?;
+    let mut found = link.open(platform, below, how)?;
     if how.parts {
         // To describe a chain is to show also what does not fit.
         image.check_backing(&*found)?;
         found.open_parts(platform)?;
     }
     Ok(Some((below, found)))
+}
+
+/// The image that `commit` writes.
+pub(crate) struct CommitBase<P: Platform> {
+    pub device: u32,
+    pub image: Box<dyn OpenImage<P>>,
+    /// Nobody said what format it has.
+    pub guessed: bool,
+}
+
+/// Opens the image below `image` if the host says that it is the one to be written by `commit`, and grants it for that.
+///
+/// # Errors
+/// As [`open_backing`].
+pub(crate) fn open_base<P: Platform>(
+    platform: &P,
+    device: u32,
+    image: &dyn OpenImage<P>,
+    how: &Opening<'_>,
+) -> Result<Option<CommitBase<P>>, Failure> {
+    let Some(link) = Link::below(device, image, how)? else { return Ok(None) };
+    let format = link.source.format();
+    let ask =
+        |name: &Vec<u8>| request_file(platform, FileId(device), FileRole::CommitBase, name.clone(), format, true).ok();
+    let Some(FileId(base)) = link.names.iter().find_map(ask) else { return Ok(None) };
+    let mut found = link.open(platform, base, how)?;
+    found.open_parts(platform)?;
+    image.check_backing(&*found)?;
+    Ok(Some(CommitBase { device: base, image: found, guessed: format == Format::Unknown }))
 }
 
 /// The format that an image records for its backing file; [`Format::Unknown`] if none.

@@ -3,14 +3,15 @@
 use std::fs::{self, File, OpenOptions};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
 
 use instar_guest::host::Host;
 use instar_guest::ops::serve_convert;
 use instar_guest_protocol::boot::DeviceFlags;
 use instar_guest_protocol::message::request::Operation;
 use instar_guest_protocol::message::{
-    Backing, Call, ConvertReply, ConvertRequest, Failure, FileRole, Format, OpenFile, Preallocation, Qcow2Options,
-    Request, Source, Target, call, reply,
+    Backing, BackingChoice, Below, Call, Cause, ConvertReply, ConvertRequest, Failure, FileRole, Format, OpenFile,
+    Preallocation, Qcow2Options, Request, Source, Target, call, reply,
 };
 use prost::Message;
 
@@ -230,4 +231,58 @@ fn chains_are_flattened_and_rebuilt() {
     });
     convert(&host, request).unwrap();
     assert!(fs::read(dir.join("ours")).unwrap() == fs::read(dir.join("theirs")).unwrap(), "-B");
+}
+
+/// What the user says of the image below decides what the host is asked for.
+#[test]
+fn images_below_are_asked_for_as_the_user_says() {
+    if qemu_is_missing() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    qemu_img(dir, &["create", "-q", "-f", "qcow2", "alone.qcow2", "1M"]);
+    qemu_img(dir, &["create", "-q", "-f", "qcow2", "-u", "-b", "nowhere", "-F", "vmdk", "top.qcow2", "1M"]);
+    fs::write(dir.join("disk.raw"), [7; 1 << 20]).unwrap();
+    for (image, choice, format, wanted) in [
+        ("top.qcow2", BackingChoice::Recorded, Format::Unknown, Some(("nowhere", Format::Vmdk))),
+        ("top.qcow2", BackingChoice::Adjusted, Format::Raw, Some(("nowhere", Format::Raw))),
+        ("top.qcow2", BackingChoice::Named, Format::Unknown, Some(("nowhere", Format::Vmdk))),
+        ("top.qcow2", BackingChoice::Hidden, Format::Unknown, None),
+        ("alone.qcow2", BackingChoice::Recorded, Format::Unknown, None),
+        ("alone.qcow2", BackingChoice::Adjusted, Format::Raw, Some(("", Format::Raw))),
+        ("alone.qcow2", BackingChoice::Named, Format::Raw, Some(("", Format::Raw))),
+        ("alone.qcow2", BackingChoice::Hidden, Format::Unknown, None),
+    ] {
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let (log, disk, mut target) = (asked.clone(), dir.join("disk.raw"), opener(dir, "ours.raw"));
+        let host = Host::with_opener(1, move |wanted| match wanted.role() {
+            FileRole::Target => target(wanted),
+            _ => {
+                let name = String::from_utf8(wanted.name.clone()).unwrap();
+                log.lock().unwrap().push((wanted.role(), name, wanted.format()));
+                File::open(&disk).ok()
+            }
+        });
+        let below = vec![Below { choice: choice.into(), format: format.into(), ..Below::default() }];
+        let source = Source { below, ..source(&host, dir, image, Format::Qcow2) };
+        let done = convert(&host, request(source, Format::Raw, Qcow2Options::default()));
+        let wanted: Vec<_> =
+            wanted.into_iter().map(|(name, format)| (FileRole::Backing, name.to_owned(), format)).collect();
+        assert_eq!(*asked.lock().unwrap(), wanted, "{image} {choice:?}");
+        let byte = match wanted.first() {
+            Some((_, _, Format::Vmdk)) => {
+                assert_eq!(done.unwrap_err().cause(), Cause::VmdkFault);
+                continue;
+            }
+            wanted => u8::from(wanted.is_some()) * 7,
+        };
+        done.unwrap();
+        assert!(fs::read(dir.join("ours.raw")).unwrap().iter().all(|found| *found == byte), "{image} {choice:?}");
+    }
+    let host = Host::with_opener(1, opener(dir, "ours.raw"));
+    let below = vec![Below { choice: BackingChoice::Named.into(), ..Below::default() }];
+    let raw = Source { below, ..source(&host, dir, "disk.raw", Format::Raw) };
+    let failure = convert(&host, request(raw, Format::Raw, Qcow2Options::default())).unwrap_err();
+    assert_eq!(failure.cause(), Cause::BackingUnsupported);
 }

@@ -135,7 +135,7 @@ fn amend(settings: &Settings, arguments: &Arguments, operands: &[String], show: 
         Some(Ok(changes)) => (Some(changes.wire.clone()), typed(&changes.options)),
         _ => (None, Amended::default()),
     };
-    let edit = Edit { settings, image: &image, writable: true, force_share: false, other: None };
+    let edit = Edit { settings, image: &image, writable: true, force_share: false, other: None, alone: false };
     let mut line: Option<ProgressLine> = None;
     let request = AmendRequest { options: wire, progress: show != Show::Nothing, ..AmendRequest::default() };
     let ended =

@@ -157,7 +157,7 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
     arguments.check(file)?;
     let image = ImageSpec::of_operand(file, arguments.image_opts, arguments.format.as_deref())?;
     let (writable, force_share) = (arguments.write, arguments.force_share);
-    let edit = Edit { settings: &settings, image: &image, writable, force_share, other: None };
+    let edit = Edit { settings: &settings, image: &image, writable, force_share, other: None, alone: false };
     let request = BenchRequest {
         count: arguments.count,
         depth: arguments.depth,

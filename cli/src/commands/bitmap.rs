@@ -97,7 +97,14 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
     let image = ImageSpec::of_operand(file, arguments.image_opts, arguments.format.as_deref())?;
     let source = arguments.source.as_ref().map(|file| ImageSpec::of_file(file, arguments.source_format.as_deref()));
     let source = source.transpose()?;
-    let edit = Edit { settings: &settings, image: &image, writable: true, force_share: false, other: source.as_ref() };
+    let edit = Edit {
+        settings: &settings,
+        image: &image,
+        writable: true,
+        force_share: false,
+        other: source.as_ref(),
+        alone: true,
+    };
     let mut actions = arguments.actions;
     for action in &mut actions {
         action.granularity = Some(arguments.granularity).filter(|&granularity| granularity != 0);

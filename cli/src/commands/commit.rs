@@ -82,7 +82,8 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
         return Err(format!("Invalid cache option: {mode}").into());
     }
     let image = ImageSpec::of_operand(file, arguments.image_opts, arguments.format.as_deref())?;
-    let edit = Edit { settings: &settings, image: &image, writable: true, force_share: false, other: None };
+    let edit =
+        Edit { settings: &settings, image: &image, writable: true, force_share: false, other: None, alone: false };
     let show = settings.progress(arguments.progress, arguments.quiet);
     let threads = settings.limits.vcpus();
     let mut attendant = Committing {
@@ -137,6 +138,7 @@ impl Committing<'_> {
         let Some(referrer) = files.get(wanted.referrer) else { return false };
         match self.base {
             None => referrer.origin == Origin::Operator,
+            Some(base) if let Some(name) = referrer.named_below() => base == name,
             Some(base) => {
                 let name = join_name(&referrer.name, &String::from_utf8_lossy(&wanted.name));
                 let path = |name: &str| canonicalize(name).ok();

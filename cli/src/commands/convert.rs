@@ -428,6 +428,9 @@ impl Plan {
             false => ImageSpec::of_file(target, Some(arguments.target_format()))?,
         };
         let within = |text: &str| Problem::new(text).within(format!("Could not open '{}'", spec.given));
+        if spec.below.says_more_than_keys() {
+            return Err(within("A backing image given by options (backing.*) is not provided for a target"));
+        }
         if spec.force_share {
             return Err(within("force-share=on can only be used with read-only images"));
         }

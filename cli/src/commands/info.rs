@@ -91,6 +91,8 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
     let image = arguments.image(&operands)?;
     let as_json = arguments.output.unwrap_or(settings.output) == Output::Json;
     if arguments.chain {
+        let unused = image.below.check_unused(image.format);
+        unused.map_err(|problem| Unopened::of(&image.given, problem).complete())?;
         return describe_by_hops(&settings, &arguments, &image, as_json);
     }
     let request = InfoRequest { chain: arguments.backing_chain, safety: arguments.safety, ..InfoRequest::default() };
@@ -158,6 +160,7 @@ impl Run {
         let mut files = Files::new(settings.confinement()?);
         let device =
             files.open_named(&mut machine, image, access).map_err(|problem| Unopened::of(&image.given, problem))?;
+        files.forget_below(device);
         let source = settings.source_of(device, image);
         let operation = request::Operation::Info(InfoRequest { image: source, ..request });
         let mut host = InfoHost { files, access, warnings: Vec::new() };
@@ -178,6 +181,8 @@ impl Run {
             // To the guest it is raw.
             self.images[0].format = Format::File.into();
         }
+        let unused = image.below.check_unused(self.images[0].format());
+        unused.map_err(|problem| Unopened::of(&image.given, problem))?;
         for info in &self.images {
             let is_raw = matches!(info.format(), Format::Raw | Format::File);
             if let Some(problem) = self.lock_problem(info.device).filter(|_| !is_raw) {

@@ -8,7 +8,7 @@ use instar_guest_protocol::message::{Format, InfoRequest, MapRequest, MapRun};
 use super::{CommandLine, Settings, info};
 use crate::args::{Key, Opt};
 use crate::config::Output;
-use crate::files::{Access, Files, Origin, Record};
+use crate::files::{Access, Files};
 use crate::image_opts::ImageSpec;
 use crate::lock::Purpose;
 use crate::messages;
@@ -75,7 +75,7 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
         image.format = described.map_err(info::Unopened::complete)?.image().format();
     }
     let output = arguments.output.unwrap_or(settings.output);
-    let mut listing = Listing::new(output, settings.qemu_version, &image);
+    let mut listing = Listing::new(output, settings.qemu_version);
     let (start, max_length) = (arguments.start, arguments.max_length);
     let images = &[&image];
     let query = Query {
@@ -101,8 +101,7 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
 }
 
 /// The list as it is printed.
-struct Listing<'a> {
-    image: &'a ImageSpec,
+struct Listing {
     json: bool,
     version: QemuVersion,
     out: io::BufWriter<io::Stdout>,
@@ -111,10 +110,10 @@ struct Listing<'a> {
     failed: Option<Fail>,
 }
 
-impl<'a> Listing<'a> {
-    fn new(output: Output, version: QemuVersion, image: &'a ImageSpec) -> Self {
+impl Listing {
+    fn new(output: Output, version: QemuVersion) -> Self {
         let out = io::BufWriter::with_capacity(64 << 10, io::stdout());
-        Self { image, json: output == Output::Json, version, out, runs: 0, failed: None }
+        Self { json: output == Output::Json, version, out, runs: 0, failed: None }
     }
 
     fn write(&mut self, text: &str) {
@@ -163,19 +162,10 @@ impl<'a> Listing<'a> {
         }
         let Some(record) = run.device.and_then(|device| files.get(device)) else { return self.unmappable() };
         let hex = |number: u64| if number == 0 { "0".to_owned() } else { format!("{number:#x}") };
-        let name = match self.image.layers.first() {
-            // Where a format says that its data lie: in the node below.
-            Some(layer) if record.origin == Origin::Operator && self.image.format != Format::Raw => &layer.shown,
-            _ => &record.name,
-        };
-        let (name, offset) = (printable(name.as_bytes()), run.offset.saturating_add(self.base(record)));
+        let (name, base) = record.node_of_data();
+        let (name, offset) = (printable(name.as_bytes()), run.offset.saturating_add(base));
         let line = format!("{:<16}{:<16}{:<16}{name}\n", hex(run.start), hex(run.length), hex(offset));
         self.write(&line);
-    }
-
-    /// Where the bytes of a raw image begin in its file.
-    fn base(&self, record: &Record) -> u64 {
-        if self.image.format == Format::Raw && record.origin == Origin::Operator { record.file.base() } else { 0 }
     }
 
     fn unmappable(&mut self) {
@@ -211,7 +201,7 @@ fn lost_output(error: &io::Error) -> Fail {
     Fail::Message(Problem::new(format!("Could not write to standard output: {reason}")))
 }
 
-impl Listener for Listing<'_> {
+impl Listener for Listing {
     fn runs(&mut self, files: &Files, runs: &[MapRun]) {
         for run in runs {
             self.header();
@@ -219,7 +209,7 @@ impl Listener for Listing<'_> {
                 _ if self.failed.is_some() => return,
                 true => {
                     let record = run.device.and_then(|device| files.get(device));
-                    self.json_run(record.map_or(0, |record| self.base(record)), run);
+                    self.json_run(record.map_or(0, |record| record.node_of_data().1), run);
                 }
                 false => self.human_run(files, run),
             }

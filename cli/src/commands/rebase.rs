@@ -6,7 +6,7 @@ use instar_guest_protocol::message::{Format, OpenFile, Progress, RebaseRequest};
 use super::{CommandLine, Settings, is_cache_mode};
 use crate::args::{Key, Opt};
 use crate::edit::{Attendant, Edit};
-use crate::files::{Access, Files};
+use crate::files::{Access, Files, Record};
 use crate::formats;
 use crate::image_opts::ImageSpec;
 use crate::lock::Purpose;
@@ -111,7 +111,11 @@ fn rebase(settings: &Settings, arguments: &Arguments, file: &str, progress: &mut
         Some(text) if formats::driver(text).is_none() => return Err(format!("Invalid format name: '{text}'").into()),
         Some(text) => Format::of_driver(text.as_bytes()).unwrap_or(Format::Unknown),
     };
+    let full = join_name(&image.file, name);
+    // One that can't be understood is told of when it is to be opened.
+    let new = ImageSpec::of_new_backing(&full, arguments.backing_format.as_deref()).ok();
     let request = RebaseRequest {
+        new_below: new.map(|new| settings.below(&new)).transpose()?.unwrap_or_default(),
         name: name.as_bytes().to_vec(),
         format_name: arguments.backing_format.clone().unwrap_or_default().into_bytes(),
         format: format.into(),
@@ -123,8 +127,9 @@ fn rebase(settings: &Settings, arguments: &Arguments, file: &str, progress: &mut
         ..RebaseRequest::default()
     };
     let mut attendant = Rebasing {
+        image: &image,
         name,
-        full: join_name(&image.file, name),
+        full,
         format: arguments.backing_format.as_deref(),
         access: Access { purpose: Purpose::Read, force_share: arguments.force_share },
         device: None,
@@ -132,7 +137,8 @@ fn rebase(settings: &Settings, arguments: &Arguments, file: &str, progress: &mut
         progress,
     };
     // `-U` is about the backing images: the image itself is written.
-    let edit = Edit { settings, image: &image, writable: true, force_share: false, other: None };
+    let edit =
+        Edit { settings, image: &image, writable: true, force_share: false, other: None, alone: arguments.only_name };
     let threads = request.threads;
     let done =
         edit.run_attended(threads, |image, _| Operation::Rebase(RebaseRequest { image, ..request }), &mut attendant)?;
@@ -144,6 +150,8 @@ fn rebase(settings: &Settings, arguments: &Arguments, file: &str, progress: &mut
 
 /// Opens the new backing image.
 struct Rebasing<'a> {
+    /// The image that gets it.
+    image: &'a ImageSpec,
     /// As typed.
     name: &'a str,
     /// As seen from where the image is named.
@@ -163,7 +171,14 @@ impl Rebasing<'_> {
 }
 
 impl Attendant for Rebasing<'_> {
-    fn open(&mut self, files: &mut Files, machine: &mut dyn Machine, _: &OpenFile) -> Option<Granted> {
+    fn open(&mut self, files: &mut Files, machine: &mut dyn Machine, wanted: &OpenFile) -> Option<Granted> {
+        let recorded = files.get(wanted.referrer).and_then(Record::recorded);
+        let is_relative = join_name("/", self.name) != self.name;
+        if let Some(shown) = self.image.shown_over(recorded).filter(|_| is_relative) {
+            let text = format!("Cannot use relative backing file names for '{shown}'");
+            self.refused = Some(Problem::new(text).within("Could not resolve backing filename"));
+            return None;
+        }
         // Without the name around it, which the specification of an image adds.
         let spec = ImageSpec::of_new_backing(&self.full, self.format);
         match spec.and_then(|spec| files.grant_image(machine, &spec, self.access)) {

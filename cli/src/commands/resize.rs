@@ -84,7 +84,8 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
     }
     let (change, amount) = parse_change(size)?;
     let image = ImageSpec::of_operand(file, arguments.image_opts, arguments.format.as_deref())?;
-    let edit = Edit { settings: &settings, image: &image, writable: true, force_share: false, other: None };
+    let edit =
+        Edit { settings: &settings, image: &image, writable: true, force_share: false, other: None, alone: false };
     let request = |image, _| {
         Operation::Resize(ResizeRequest {
             image,

@@ -87,6 +87,7 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
         writable: action != SnapshotAction::List,
         force_share: arguments.force_share,
         other: None,
+        alone: false,
     };
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let kept = if action == SnapshotAction::Create { MAX_NAME.min(name.len()) } else { name.len() };

@@ -140,6 +140,11 @@ pub struct Backing {
     pub driver: Option<Vec<u8>>,
 }
 
+/// Can images of this format have a backing image, as QEMU's drivers can? A parent of VHD and VHDX is not of that kind.
+pub(crate) fn can_have_backing(format: Format) -> bool {
+    matches!(format, Format::Qcow2 | Format::Qcow | Format::Qed | Format::Vmdk | Format::Parallels)
+}
+
 /// An image that is written.
 pub enum TargetImage<P: Platform> {
     /// The disk is one run of a file.

@@ -8,15 +8,13 @@ use alloc::vec::Vec;
 
 use instar_blockio::{BlockMapExt, BlockRead, ExtentKind, FileId, Layer, Overlay, ZeroMode};
 use instar_guest_protocol::limits::MAX_CHAIN_DEPTH;
-use instar_guest_protocol::message::{Cause, CommitRequest, EditReply, Failure, Format, Step, VhdSize};
+use instar_guest_protocol::message::{Cause, CommitRequest, EditReply, Failure, Format, Step};
 use instar_qcow2::{self as qcow2, Growth, Writer};
 
-use crate::chain::{Opening, open_backing, open_below, request_base, too_deep};
+use crate::chain::{CommitBase, Opening, open_backing, open_base, open_below, too_deep};
 use crate::detect::{HEAD_LEN, detect};
 use crate::formats::target::TargetDisk;
-use crate::formats::{
-    OpenImage, TargetImage, open_image, open_in_place, open_metadata_in_place, open_named, qcow2_failure,
-};
+use crate::formats::{OpenImage, TargetImage, open_in_place, open_metadata_in_place, open_named, qcow2_failure};
 use crate::ops::convert::fill::read_under;
 use crate::ops::convert::{Pace, into_image_below};
 use crate::ops::failure::{about, block, failure};
@@ -85,17 +83,11 @@ impl<P: Platform> Chain<P> {
         let (mut device, mut image) = (top, image);
         let mut layers: Vec<Box<dyn Layer>> = Vec::new();
         while layers.len() < MAX_CHAIN_DEPTH {
-            if let Some((base, recorded)) = request_base(platform, device, &*image)? {
-                let mut opened = open_image(platform, base, recorded, how.strict, VhdSize::ByCreator)?;
-                if recorded == Format::Unknown && !how.follow_probed && !opened.references().is_empty() {
-                    return Err(about(Step::Open, FileId(base), Cause::BackingFormatNeeded));
-                }
-                how.unlock_next(platform, &mut *opened)?;
-                opened.open_parts(platform)?;
-                image.check_backing(&*opened)?;
+            if let Some(CommitBase { device: base, image: opened, guessed }) =
+                open_base(platform, device, &*image, how)?
+            {
                 layers.push(image.into_layer());
                 let below = open_below(platform, base, &*opened, how)?;
-                let guessed = recorded == Format::Unknown;
                 return Ok(Self { layers, base: Base { device: base, image: opened, guessed, below } });
             }
             let Some((next, below)) = open_backing(platform, device, &*image, how)? else {

@@ -92,7 +92,8 @@ impl Backings {
         if !answer.granted {
             return Err(about(Step::Open, FileId(request.image.device), Cause::OpenRefused));
         }
-        let source = Source { device: answer.device, format: request.format, ..request.image.clone() };
+        let below = request.new_below.clone();
+        let source = Source { device: answer.device, format: request.format, below, ..request.image.clone() };
         Ok(Self { old, new: Some(open_source(platform, &source, false)?) })
     }
 }

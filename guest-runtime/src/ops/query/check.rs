@@ -5,14 +5,15 @@ use alloc::vec::Vec;
 use instar_blockio::FileId;
 use instar_blockio::check::{CheckReport, Clusters, Repair};
 use instar_guest_protocol::message::{
-    Call, Cause, CheckFinding, CheckFindings, CheckNumbers, CheckReply, CheckRequest, Failure, Field, FindingKind,
-    Format, Step, call,
+    BackingChoice, Call, Cause, CheckFinding, CheckFindings, CheckNumbers, CheckReply, CheckRequest, Failure, Field,
+    FindingKind, Format, Step, call,
 };
 use instar_legacy::{parallels, qed, vdi};
 use instar_qcow2 as qcow2;
 use instar_vhd as vhd;
 use instar_vhdx as vhdx;
 
+use crate::chain::{Opening, open_below};
 use crate::formats::target::TargetDisk;
 use crate::formats::{OpenImage, finding_info, open_named, qcow2_failure};
 use crate::ops::failure::about;
@@ -42,6 +43,12 @@ pub fn run<P: Platform>(platform: &P, request: &CheckRequest) -> Result<CheckRep
     {
         // It can't be checked; without the key it can't even be opened.
         image.open_parts(platform)?;
+    }
+    if let Some(image) = &image
+        && source.below.iter().any(|below| below.choice() == BackingChoice::Named)
+    {
+        // What the user names must be there.
+        open_below(platform, source.device, &**image, &Opening::of(source, true))?;
     }
     let repair = Repair { leaks: request.leaks, corruptions: request.corruptions };
     let mut listener = Listener { platform, pending: Vec::new(), told: 0 };
