@@ -218,13 +218,14 @@ impl<D: BlockWrite> Writer<D> {
             self.for_each_cluster(tree, &mut |this, span| {
                 for cluster in span.first..span.first.saturating_add(span.count) {
                     if this.alloc.count(&mut this.main, cluster)? == 0 {
-                        this.main.discard(cluster << bits, 1 << bits)?;
+                        this.main.discard(cluster << bits, 1 << bits);
                     }
                 }
                 Ok(())
             })?;
         }
-        fork.left.iter().try_for_each(|span| self.main.discard(span.first << bits, span.count << bits))
+        fork.left.iter().for_each(|span| self.main.discard(span.first << bits, span.count << bits));
+        Ok(())
     }
 
     /// Forgets the new state, and what was taken for it.

@@ -333,7 +333,7 @@ impl<D: BlockWrite> Writer<D> {
             while at < stop {
                 let free = self.alloc.free_run(&mut self.main, at, stop - at)?;
                 if free != 0 {
-                    self.main.discard(at << bits, free << bits)?;
+                    self.main.discard(at << bits, free << bits);
                 }
                 at += free + 1;
             }

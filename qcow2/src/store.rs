@@ -108,10 +108,12 @@ impl<D: BlockWrite> Store<D> {
         &self.file
     }
 
-    /// Gives the space of a range back that the image doesn't use any more.
-    pub(crate) fn discard(&mut self, offset: u64, len: u64) -> Result<()> {
+    /// Gives the space of a range back that the image doesn't use any more. If that fails, the space stays taken.
+    pub(crate) fn discard(&mut self, offset: u64, len: u64) {
         let end = offset.saturating_add(len).min(self.file.size());
-        if offset < end { self.file.discard(offset, end - offset) } else { Ok(()) }
+        if offset < end {
+            let _ = self.file.discard(offset, end - offset);
+        }
     }
 
     /// The file itself, for requests that don't change where the image ends.

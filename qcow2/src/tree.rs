@@ -94,7 +94,8 @@ impl<D: BlockWrite> Writer<D> {
         self.alloc.write_blocks(&mut self.main)?;
         self.main.flush()?;
         let bits = self.header.geometry.cluster_bits();
-        freed.iter().try_for_each(|span| self.main.discard(span.first << bits, span.count << bits))
+        freed.iter().for_each(|span| self.main.discard(span.first << bits, span.count << bits));
+        Ok(())
     }
 
     pub(crate) fn forget_table(&mut self, at: u64) {
