@@ -5,13 +5,15 @@ mod below;
 use instar_guest_protocol::message::{Format, VhdSize};
 use serde_json::Value;
 
+use crate::blkdebug::DebugNode;
 use crate::formats::{self, Driver};
-use crate::layer::{Layer, RawNode, Slice};
+use crate::layer::{Between, Layer, Name, RawNode, Slice};
 use crate::messages;
 use crate::nbd::Address;
 use crate::open;
 use crate::options::{parse_size, split};
 use crate::problem::Problem;
+use crate::qdict;
 
 pub use self::below::Below;
 
@@ -192,8 +194,38 @@ impl ImageSpec {
         if let Some(address) = Address::parse(name)? {
             return Ok(Self::of_nbd(name, address, format, None));
         }
+        if let Some(inner) = name.strip_prefix("blkdebug:") {
+            return Self::of_blkdebug(name, inner, format);
+        }
         let path = open::path_of(name)?;
         Ok(Self::of_name(name, path.display().to_string(), format))
+    }
+
+    /// An image over a node that lets requests fail: `CONFIG:NAME`.
+    fn of_blkdebug(given: &str, inner: &str, format: Format) -> Result<Self, Problem> {
+        let (node, below) = DebugNode::of_name(inner)?;
+        let below = Self::plain(below, None)?;
+        if below.nbd.is_some() || below.null.is_some() {
+            return Err(Problem::new("The driver 'blkdebug' is provided over files only"));
+        }
+        let leaf = qdict::object(vec![qdict::text("driver", "file"), qdict::text("filename", &below.file)]);
+        let (layer, name) = Between::Debug(node).over(&Name::of_leaf(&below.file, &leaf))?;
+        let mut layers = below.layers;
+        layers.insert(0, layer);
+        Self { layers, shown: name.shown(), ..Self::of_name(given, below.file, format) }.checked()
+    }
+
+    /// Refuses rules for requests that are not told apart here.
+    fn checked(self) -> Result<Self, Problem> {
+        if self.layers.iter().filter(|layer| layer.driver == "blkdebug").count() > 1 {
+            return Err(Problem::new("The driver 'blkdebug' is provided once below an image only"));
+        }
+        if self.format != Format::Raw && self.layers.iter().any(Layer::waits_for_data) {
+            return Err(Problem::new(
+                "The events read_aio and write_aio of blkdebug are provided for raw disks only (driver=raw or -f raw)",
+            ));
+        }
+        Ok(self)
     }
 
     fn of_nbd(given: &str, address: Address, format: Format, key_secret: Option<String>) -> Self {
@@ -296,7 +328,7 @@ struct Keys {
     /// Of a raw image.
     part: RawNode,
     /// The nodes between the image and its file, its own child first.
-    below: Vec<RawNode>,
+    below: Vec<Between>,
 }
 
 /// What is said of the file with the LUKS header.
@@ -310,32 +342,41 @@ struct Header {
 }
 
 impl Keys {
-    /// Takes the child of the image away, if it is a raw node: what lies below that is the child then.
-    fn peel(&mut self, settings: &mut Vec<Setting>) -> Result<Option<RawNode>, Problem> {
+    /// Takes the child of the image away, if it is a node over another: what lies below that is the child then.
+    fn peel(&mut self, settings: &mut Vec<Setting>) -> Result<Option<Between>, Problem> {
         let driver = settings.iter().rev().find(|setting| setting.key == "file.driver");
-        if driver.is_none_or(|driver| driver.value != "raw") {
-            return Ok(None);
-        }
-        let (mut node, mut has_file, mut unknown) = (RawNode::default(), false, None);
+        let (mut node, child) = match driver.map(|driver| driver.value.as_str()) {
+            Some("raw") => (Between::Raw(RawNode::default()), "file"),
+            Some("blkdebug") => (Between::Debug(DebugNode::default()), "image"),
+            _ => return Ok(None),
+        };
+        let (mut has_child, mut unknown) = (false, None);
         for setting in std::mem::take(settings) {
             let Setting { key, value, bare } = &setting;
-            match key.strip_prefix("file.") {
-                None => settings.push(setting),
-                Some(below) if below.starts_with("file.") => {
-                    has_file = true;
-                    settings.push(Setting { key: below.to_owned(), ..setting });
+            let Some(own) = key.strip_prefix("file.") else {
+                settings.push(setting);
+                continue;
+            };
+            if let Some(below) = own.strip_prefix(child).and_then(|below| below.strip_prefix('.')) {
+                has_child = true;
+                settings.push(Setting { key: format!("file.{below}"), ..setting });
+                continue;
+            }
+            match (own, &mut node) {
+                ("driver" | "discard" | "detect-zeroes", _) => {}
+                ("force-share", _) => self.force_share |= switch("force-share", value)?,
+                _ if own == child => return Err(no_node(value)),
+                _ if COMMON.contains(&own) => check_common(own, value)?,
+                (_, Between::Raw(node)) => {
+                    if !node.take(own, value, *bare) {
+                        unknown = Some(own.to_owned());
+                    }
                 }
-                Some("driver") => {}
-                Some("file") => return Err(no_node(value)),
-                Some("force-share") => self.force_share |= switch("force-share", value)?,
-                Some("discard" | "detect-zeroes") => {}
-                Some(own) if COMMON.contains(&own) => check_common(own, value)?,
-                Some(own) if node.take(own, value, *bare) => {}
-                Some(own) => unknown = Some(own.to_owned()),
+                (_, Between::Debug(node)) => node.take(own, value, *bare),
             }
         }
         match unknown {
-            _ if !has_file => Err(no_device()),
+            _ if !has_child => Err(no_child(child)),
             Some(key) => Err(Problem::new(format!("Block format 'raw' does not support the option '{key}'"))),
             None => Ok(Some(node)),
         }
@@ -634,25 +675,21 @@ impl Keys {
         strong: &[(String, String)],
         header: Option<&str>,
     ) -> Result<ImageSpec, Problem> {
-        // A raw node has the name of its file if it shows all of that, and nothing lies between.
-        let is_named = |node: &RawNode, below: &str| {
-            *node == RawNode::default() && below == leaf && !spec.file.starts_with("json:")
-        };
-        let mut below = leaf.to_owned();
+        let mut below = Name::of_leaf(&spec.file, leaf);
         let mut layers = Vec::new();
         for node in self.below.iter().rev() {
-            let json = node.json(&below);
-            let shown = if is_named(node, &below) { spec.file.clone() } else { format!("json:{json}") };
-            layers.insert(0, Layer { shown, slice: node.slice()? });
-            below = json;
+            let (layer, name) = node.over(&below)?;
+            layers.insert(0, layer);
+            below = name;
         }
         let slice = self.part.slice()?;
-        if strong.is_empty() && is_named(&self.part, &below) {
-            return Ok(spec);
+        let spec = ImageSpec { slice, layers, ..spec }.checked()?;
+        if let Some(name) = below.passed_on().filter(|_| strong.is_empty() && self.part == RawNode::default()) {
+            return Ok(ImageSpec { shown: name.clone(), ..spec });
         }
-        let shown = json_name(strong, self.driver.as_deref(), &self.part, header, &below);
-        let unprobed = (self.driver.is_none() && strong.is_empty()).then_some(below);
-        Ok(ImageSpec { shown, slice, layers, unprobed, ..spec })
+        let shown = json_name(strong, self.driver.as_deref(), &self.part, header, &below.json);
+        let unprobed = (self.driver.is_none() && strong.is_empty()).then_some(below.json);
+        Ok(ImageSpec { shown, unprobed, ..spec })
     }
 }
 
@@ -674,7 +711,7 @@ fn check_common(key: &str, value: &str) -> Result<(), Problem> {
     }
 }
 
-fn switch(key: &str, value: &str) -> Result<bool, Problem> {
+pub fn switch(key: &str, value: &str) -> Result<bool, Problem> {
     match value {
         "on" | "yes" | "true" | "y" => Ok(true),
         "off" | "no" | "false" | "n" => Ok(false),
@@ -703,7 +740,11 @@ fn wanted_name(driver: &str) -> Option<String> {
 }
 
 fn no_device() -> Problem {
-    Problem::new("A block device must be specified for \"file\"")
+    no_child("file")
+}
+
+fn no_child(role: &str) -> Problem {
+    Problem::new(format!("A block device must be specified for \"{role}\""))
 }
 
 fn no_node(name: &str) -> Problem {
@@ -735,25 +776,13 @@ fn json_name(
     header: Option<&str>,
     below: &str,
 ) -> String {
-    let quote = |text: &str| Value::from(text).to_string();
-    let encryption: Vec<String> =
-        encryption.iter().map(|(key, value)| format!("{}: {}", quote(key), quote(value))).collect();
-    // QEMU's hash of the names decides about the order.
-    let last = driver == Some("luks");
-    let mut members: Vec<String> = if last { Vec::new() } else { encryption.clone() };
-    let of_header = |name: &str| format!("\"header\": {{\"driver\": \"file\", \"filename\": {}}}", quote(name));
-    members.extend(header.map(of_header));
-    let [offset, size] = part.members();
-    members.extend(offset);
-    if let Some(driver) = driver {
-        members.push(format!("\"driver\": {}", quote(driver)));
-    }
-    members.extend(size);
-    members.push(format!("\"file\": {below}"));
-    if last {
-        members.extend(encryption);
-    }
-    format!("json:{{{}}}", members.join(", "))
+    let mut members = vec![("file".to_owned(), below.to_owned())];
+    members.extend(encryption.iter().map(|(key, value)| qdict::text(key, value)));
+    let file = |name| qdict::object(vec![qdict::text("driver", "file"), qdict::text("filename", name)]);
+    members.extend(header.map(|name| ("header".to_owned(), file(name))));
+    members.extend(driver.map(|driver| qdict::text("driver", driver)));
+    members.extend(part.members());
+    format!("json:{}", qdict::object(members))
 }
 
 /// Flattens the JSON of a `json:` name into dotted keys.

@@ -1,10 +1,13 @@
-//! The nodes that the operator puts between an image and its file: QEMU's driver `raw`, which shows a part of what lies below.
+//! The nodes that the operator puts between an image and its file: QEMU's drivers `raw`, which shows a part of what lies below, and
+//! `blkdebug`, which lets requests fail.
 
-use instar_vmm::Window;
+use instar_vmm::{FaultAction, FaultRule, Window};
 use serde_json::Value;
 
+use crate::blkdebug::DebugNode;
 use crate::options::parse_size;
 use crate::problem::Problem;
+use crate::qdict::{self, Member};
 
 /// QEMU counts in sectors.
 const SECTOR: u64 = 512;
@@ -65,6 +68,15 @@ impl Extent {
         Ok(Self { base, len, fixed: self.fixed || size.is_some() })
     }
 
+    /// A rule of a node here, with an offset that counts from the beginning of the file; `None`: that lies nowhere.
+    pub fn rule(self, rule: &FaultRule) -> Option<FaultRule> {
+        let mut rule = *rule;
+        if let FaultAction::Fail { offset: Some(offset), .. } = &mut rule.action {
+            *offset = offset.checked_add(self.base)?;
+        }
+        Some(rule)
+    }
+
     /// What of the file a guest gets.
     pub fn window(self) -> Window {
         Window { offset: self.base, len: self.fixed.then_some(self.len) }
@@ -122,28 +134,111 @@ impl RawNode {
         Ok(Slice { offset: number("offset", &self.offset)?.unwrap_or(0), size: number("size", &self.size)? })
     }
 
-    /// Its members in JSON, before and behind the driver, in the order of QEMU's hash of the names.
-    pub fn members(&self) -> [Option<String>; 2] {
-        let member =
-            |key: &str, given: &Option<Given>| given.as_ref().map(|given| format!("\"{key}\": {}", given.json()));
-        [member("offset", &self.offset), member("size", &self.size)]
-    }
-
-    /// It, over a node, in JSON.
-    pub fn json(&self, below: &str) -> String {
-        let [offset, size] = self.members();
-        let members = [offset, Some("\"driver\": \"raw\"".to_owned()), size, Some(format!("\"file\": {below}"))];
-        format!("{{{}}}", members.into_iter().flatten().collect::<Vec<_>>().join(", "))
+    /// Its members in JSON.
+    pub fn members(&self) -> impl Iterator<Item = Member> {
+        let given = [("offset", &self.offset), ("size", &self.size)];
+        given.into_iter().filter_map(|(key, given)| Some((key.to_owned(), given.as_ref()?.json())))
     }
 }
 
-/// A raw node below an image.
+/// A node between an image and its file, as given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Between {
+    /// It shows a part of what lies below.
+    Raw(RawNode),
+    /// It lets requests fail.
+    Debug(DebugNode),
+}
+
+/// How QEMU names a node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Name {
+    /// As a file name, if one says all of it.
+    pub file: Option<String>,
+    /// In JSON.
+    pub json: String,
+    /// A format over it has its name.
+    pub is_protocol: bool,
+}
+
+impl Name {
+    /// Of a file, or what takes the place of one.
+    pub fn of_leaf(file: &str, json: &str) -> Self {
+        let file = Some(file.to_owned()).filter(|file| !file.starts_with("json:"));
+        Self { file, json: json.to_owned(), is_protocol: true }
+    }
+
+    /// The name of a format over this node, of which nothing else need be said.
+    pub fn passed_on(&self) -> Option<&String> {
+        self.file.as_ref().filter(|_| self.is_protocol)
+    }
+
+    /// As it is shown.
+    pub fn shown(&self) -> String {
+        self.file.clone().unwrap_or_else(|| format!("json:{}", self.json))
+    }
+}
+
+impl Between {
+    /// Its name over a node of the name `below`.
+    fn name(&self, below: &Name) -> Name {
+        match self {
+            Self::Raw(node) => {
+                let mut members = vec![qdict::text("driver", "raw"), ("file".to_owned(), below.json.clone())];
+                members.extend(node.members());
+                let file = below.passed_on().filter(|_| *node == RawNode::default()).cloned();
+                Name { file, json: qdict::object(members), is_protocol: false }
+            }
+            Self::Debug(node) => Name {
+                file: below.file.as_deref().and_then(|below| node.name(below)),
+                json: node.json(&below.json),
+                is_protocol: true,
+            },
+        }
+    }
+
+    /// The node over one of the name `below`, and its name.
+    ///
+    /// # Errors
+    /// An option has a wrong value.
+    pub fn over(&self, below: &Name) -> Result<(Layer, Name), Problem> {
+        let name = self.name(below);
+        let shown = name.shown();
+        let layer = match self {
+            Self::Raw(node) => Layer { shown, driver: "raw", child: "file", slice: node.slice()?, rules: Vec::new() },
+            Self::Debug(node) => {
+                Layer { shown, driver: "blkdebug", child: "image", slice: Slice::default(), rules: node.rules()? }
+            }
+        };
+        Ok((layer, name))
+    }
+}
+
+/// A node between an image and its file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layer {
     /// QEMU's name for it.
     pub shown: String,
+    /// QEMU's name for what it is.
+    pub driver: &'static str,
+    /// QEMU's name for what lies below, in it.
+    pub child: &'static str,
     /// What it shows of the node below.
     pub slice: Slice,
+    /// How requests are to fail.
+    pub rules: Vec<FaultRule>,
+}
+
+impl Layer {
+    /// It tells how much of a disk it takes.
+    pub fn tells_disk_size(&self) -> bool {
+        self.driver != "blkdebug"
+    }
+
+    /// It waits for reads or writes of data, which it could not tell from those of tables.
+    pub fn waits_for_data(&self) -> bool {
+        self.rules.iter().any(|rule| rule.event != instar_vmm::FaultEvent::Start)
+    }
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod blkdebug;
 mod chain;
 mod cleanup;
 mod commands;
@@ -31,6 +32,7 @@ mod output;
 mod pace;
 mod problem;
 mod program;
+mod qdict;
 mod query;
 mod safety;
 mod sandbox;

@@ -166,6 +166,15 @@ pub fn work_failure(failure: &Failure) -> Problem {
     Problem::new(text)
 }
 
+/// As [`work_failure`], of `dd`.
+pub fn block_failure(failure: &Failure) -> Problem {
+    match failure.step() {
+        Step::Read => Problem::new(format!("error while reading from input image file: {}", io_reason(failure))),
+        Step::Write => Problem::new(format!("error while writing to output image file: {}", io_reason(failure))),
+        _ => work_failure(failure),
+    }
+}
+
 /// Something that does not end the run.
 pub fn warning(failure: &Failure) -> String {
     match failure.cause() {

@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use instar_vmm::{NbdExport, Window};
+use instar_vmm::{FaultRule, NbdExport, Window};
 use rustix::fs::{CWD, FileType, MemfdFlags, Mode, OFlags, SeekFrom, fstat, ftruncate, memfd_create, openat, seek};
 use rustix::io::Errno;
 
@@ -89,12 +89,22 @@ pub struct Opened {
     window: Window,
     /// Bytes of each node between the image and the file, the image's child first.
     layer_lens: Vec<u64>,
+    /// How requests on it are to fail.
+    rules: Vec<FaultRule>,
 }
 
 impl Opened {
     /// Keeps an open file.
     pub fn new(fd: OwnedFd, stat: Stat) -> Self {
-        Self { fd, stat, locked: false, export: None, window: Window::default(), layer_lens: Vec::new() }
+        Self {
+            fd,
+            stat,
+            locked: false,
+            export: None,
+            window: Window::default(),
+            layer_lens: Vec::new(),
+            rules: Vec::new(),
+        }
     }
 
     /// Connects to an NBD export.
@@ -158,6 +168,7 @@ impl Opened {
         for layer in spec.layers.iter().rev() {
             extent = extent.cut(layer.slice)?;
             self.layer_lens.insert(0, extent.len);
+            self.rules.extend(layer.rules.iter().filter_map(|rule| extent.rule(rule)));
         }
         self.window = extent.cut(spec.slice)?.window();
         Ok(())
@@ -190,10 +201,14 @@ impl Opened {
     /// # Errors
     /// As [`Machine::grant`].
     pub fn grant(&self, machine: &mut dyn Machine, writable: bool) -> Result<Granted, Problem> {
-        match &self.export {
+        let granted = match &self.export {
             Some(export) => machine.grant_nbd(self.fd.as_fd(), export, writable),
             None => machine.grant(self.fd.as_fd(), writable, self.window),
+        }?;
+        if !self.rules.is_empty() {
+            machine.let_fail(&self.rules)?;
         }
+        Ok(granted)
     }
 
     /// Takes note of the length of a device, which only the grant tells.
@@ -235,6 +250,9 @@ pub fn path_of(name: &str) -> Result<PathBuf, Problem> {
         None => name,
         Some("file") => &name["file:".len()..],
         Some("host_device") => &name["host_device:".len()..],
+        Some("blkdebug") => {
+            return Err(Problem::new("Protocol driver 'blkdebug' does not support image creation"));
+        }
         Some("nbd" | "nbd+tcp" | "nbd+unix") => {
             return Err(Problem::new("An NBD export can only be read, or written where it exists (convert -n)"));
         }

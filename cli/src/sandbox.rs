@@ -7,7 +7,7 @@ use instar_guest_protocol::limits::MAX_CHAIN_DEPTH;
 use instar_guest_protocol::message::{
     Call, CheckFinding, Failure, MapRun, OpenAnswer, OpenFile, Progress, Reply, Request, call, reply,
 };
-use instar_vmm::{Error, Event, NbdExport, Sandbox, Settings, Window};
+use instar_vmm::{Error, Event, FaultRule, NbdExport, Sandbox, Settings, Window};
 use prost::Message;
 use prost::encoding::decode_varint;
 use zeroize::Zeroizing;
@@ -110,6 +110,12 @@ pub trait Machine {
     /// As [`grant`](Self::grant).
     fn grant_nbd(&mut self, socket: BorrowedFd<'_>, export: &NbdExport, writable: bool) -> Result<Granted, Problem>;
 
+    /// Lets requests on the file that was granted last fail.
+    ///
+    /// # Errors
+    /// As [`grant`](Self::grant).
+    fn let_fail(&mut self, rules: &[FaultRule]) -> Result<(), Problem>;
+
     /// Starts the guest.
     ///
     /// # Errors
@@ -180,6 +186,10 @@ impl Machine for Vm {
 
     fn grant_nbd(&mut self, socket: BorrowedFd<'_>, export: &NbdExport, writable: bool) -> Result<Granted, Problem> {
         self.sandbox.grant_nbd(socket, export, writable).map_err(|error| self.problem(&error))
+    }
+
+    fn let_fail(&mut self, rules: &[FaultRule]) -> Result<(), Problem> {
+        self.sandbox.let_fail(rules).map_err(|error| self.problem(&error))
     }
 
     fn start(&mut self, request: &[u8]) -> Result<(), Problem> {
@@ -392,6 +402,10 @@ pub mod fake {
 
         fn grant_nbd(&mut self, socket: BorrowedFd<'_>, _: &NbdExport, writable: bool) -> Result<Granted, Problem> {
             self.grant(socket, writable, Window::default())
+        }
+
+        fn let_fail(&mut self, _: &[FaultRule]) -> Result<(), Problem> {
+            Ok(())
         }
 
         fn start(&mut self, _: &[u8]) -> Result<(), Problem> {

@@ -40,7 +40,7 @@ pub struct RequestHeader {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct RequestStatus {
-    /// [`STATUS_OK`], [`STATUS_IO_ERROR`] or [`STATUS_REFUSED`].
+    /// [`STATUS_OK`], [`STATUS_IO_ERROR`], [`STATUS_REFUSED`] or [`STATUS_TARGET_ERROR`].
     pub status: u32,
     /// `errno` of the host, 0 if none.
     pub errno: u32,
@@ -55,6 +55,8 @@ pub const STATUS_OK: u32 = 0;
 pub const STATUS_IO_ERROR: u32 = 1;
 /// The request breaks the rules (bounds, kind, rights); nothing was done.
 pub const STATUS_REFUSED: u32 = 2;
+/// The host's system call on the target of a [`Copy`](RequestKind::Copy) failed.
+pub const STATUS_TARGET_ERROR: u32 = 3;
 /// What the guest presets, so that an answer that never came is not taken for success.
 pub const STATUS_PENDING: u32 = u32::MAX;
 

@@ -16,7 +16,7 @@ use instar_guest_protocol::ring::HoleRun;
 use rustix::fs::{FallocateFlags, MemfdFlags, SeekFrom};
 
 use crate::files::FileTable;
-use crate::platform::{Io, Platform};
+use crate::platform::{FailedIo, Io, Platform};
 
 /// Bytes moved at once by a copy, and written at once as zeroes.
 const CHUNK: usize = 1 << 20;
@@ -207,9 +207,9 @@ impl Platform for Host {
         &self.shared.table
     }
 
-    fn submit(&self, batch: &mut [Io<'_>]) -> core::result::Result<(), (usize, Error)> {
+    fn submit(&self, batch: &mut [Io<'_>]) -> core::result::Result<(), FailedIo> {
         for (index, io) in batch.iter_mut().enumerate() {
-            self.execute(io).map_err(|error| (index, error))?;
+            self.execute(io).map_err(|error| FailedIo { index, error, on_target: false })?;
             self.shared.table.done(io);
         }
         Ok(())
@@ -349,8 +349,8 @@ mod tests {
             Io::Discard { file, offset: 11, len: 1 },
             Io::Write { file: FileId(7), offset: 0, buf: b"x" },
         ]);
-        let (index, error) = failed.unwrap_err();
-        assert_eq!((index, error.kind()), (1, ErrorKind::OutOfBounds));
+        let failed = failed.unwrap_err();
+        assert_eq!((failed.index, failed.error.kind()), (1, ErrorKind::OutOfBounds));
         assert_eq!(&host.contents(file.0).unwrap()[..1], b"x");
     }
 

@@ -128,6 +128,17 @@ pub enum Io<'a> {
     },
 }
 
+/// A request that failed.
+#[derive(Clone, Copy, Debug)]
+pub struct FailedIo {
+    /// Its place among those that were made.
+    pub index: usize,
+    /// Why.
+    pub error: Error,
+    /// It is a copy, and the file that it writes is at fault.
+    pub on_target: bool,
+}
+
 /// What an operation stands on. Cheap to clone.
 pub trait Platform: Clone + Send + Sync + 'static {
     /// What is known of the granted files.
@@ -136,9 +147,9 @@ pub trait Platform: Clone + Send + Sync + 'static {
     /// Executes the requests in order, in as few turns as possible. Any size and number is allowed.
     ///
     /// # Errors
-    /// Index of the first request that failed, and why. Those before it were executed; those behind it may have been. (Reads
+    /// The first request that failed, and why. Those before it were executed; those behind it may have been. (Reads
     /// or writes that continue each other in one file may be joined, and then fail together: the index is the first.)
-    fn submit(&self, batch: &mut [Io<'_>]) -> core::result::Result<(), (usize, Error)>;
+    fn submit(&self, batch: &mut [Io<'_>]) -> core::result::Result<(), FailedIo>;
 
     /// Fills `runs` with the data and holes of `offset..offset + len` of the file, from `offset` on, and says how many
     /// there are. [`File::extent_at`](BlockMap::extent_at) asks this and remembers the answer.
@@ -200,7 +211,7 @@ impl<P: Platform> File<P> {
     }
 
     fn submit_one(&self, io: Io<'_>) -> Result<()> {
-        self.platform.submit(&mut [io]).map_err(|(_, error)| error)
+        self.platform.submit(&mut [io]).map_err(|failed| failed.error)
     }
 }
 
@@ -222,7 +233,7 @@ impl<P: Platform> BlockRead for File<P> {
             check_range(size, part.offset, part.buf.len() as u64)?;
             batch.push(Io::Read { file: self.id, offset: part.offset, buf: part.buf });
         }
-        self.platform.submit(&mut batch).map_err(|(_, error)| error)
+        self.platform.submit(&mut batch).map_err(|failed| failed.error)
     }
 
     fn limits(&self) -> Limits {
@@ -240,7 +251,7 @@ impl<P: Platform> BlockWrite for File<P> {
         let mut batch = Vec::new();
         batch.try_reserve_exact(parts.len()).map_err(|_| Error::new(ErrorKind::OutOfMemory))?;
         batch.extend(parts.iter().map(|part| Io::Write { file: self.id, offset: part.offset, buf: part.buf }));
-        self.platform.submit(&mut batch).map_err(|(_, error)| error)
+        self.platform.submit(&mut batch).map_err(|failed| failed.error)
     }
 
     fn write_zeroes(&mut self, offset: u64, len: u64, mode: ZeroMode) -> Result<()> {

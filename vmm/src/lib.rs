@@ -28,6 +28,7 @@ mod config;
 mod cpu;
 mod elf;
 mod error;
+mod faults;
 #[cfg(feature = "fuzz")]
 #[doc(hidden)]
 pub mod fuzz;
@@ -49,6 +50,7 @@ mod workers;
 pub use config::Settings;
 pub use elf::ElfError;
 pub use error::{Error, KvmStep, Misbehaviour, Registers};
+pub use faults::{FaultAction, FaultEvent, FaultKinds, FaultRule, MAX_FAULT_RULES};
 pub use instar_guest_protocol::boot::DeviceFlags;
 pub use instar_guest_protocol::ring::RequestKind;
 pub use jail::filter::{AllowedCall, Role as FilterRole, allowed_calls};

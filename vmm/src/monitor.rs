@@ -9,11 +9,12 @@ use instar_guest_protocol::boot::DeviceFlags;
 use instar_guest_protocol::limits::{MAX_DEVICES, MAX_REQUEST_MESSAGE_BYTES};
 use kvm_ioctls::{Kvm, VcpuFd};
 use rustix::io::Errno;
-use zerocopy::IntoBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
 use crate::cpu::{Cpu, task_state};
 use crate::elf::Elf;
 use crate::error::KvmStep;
+use crate::faults::{FaultRule, MAX_FAULT_RULES, RawRule};
 use crate::jail::filter::{Filter, Role};
 use crate::jail::process;
 use crate::layout::{Layout, TASK_STATE};
@@ -146,15 +147,26 @@ impl Host {
             if header.kind() == Some(Kind::Grant) && header.len == 0 {
                 let flags = DeviceFlags::from_bits_truncate(header.flags);
                 self.take_file(machine, file, &header, flags);
+            } else if header.kind() == Some(Kind::Faults)
+                && header.len as usize <= MAX_FAULT_RULES * size_of::<RawRule>()
+            {
+                let body = self.take_body(&header);
+                let rules = body.chunks(size_of::<RawRule>()).map(RawRule::read_from_bytes);
+                let rules = rules.map(|raw| FaultRule::from(&raw.unwrap_or_else(|_| process::exit(STATUS_ALONE))));
+                lock_devices(machine).let_last_fail(rules.collect());
             } else if header.kind() == Some(kind) && header.len as usize <= limit {
-                let mut body = vec![0; header.len as usize];
-                self.0.receive_body(&mut body, at_once).unwrap_or_else(|_| process::exit(STATUS_ALONE));
-                return body;
+                return self.take_body(&header);
             } else {
                 // The caller's process speaks another language: no way to go on.
                 process::exit(STATUS_ALONE);
             }
         }
+    }
+
+    fn take_body(&self, header: &Header) -> Vec<u8> {
+        let mut body = vec![0; header.len as usize];
+        self.0.receive_body(&mut body, at_once).unwrap_or_else(|_| process::exit(STATUS_ALONE));
+        body
     }
 
     fn take_file(&self, machine: &Machine, file: Option<OwnedFd>, header: &Header, flags: DeviceFlags) {

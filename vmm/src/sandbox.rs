@@ -9,11 +9,12 @@ use instar_guest_protocol::limits::{LOG_BYTES, MAX_DEVICES, MAX_MESSAGE_BYTES, M
 use rustix::fs::{FileType, fstat};
 use rustix::io::Errno;
 use rustix::process::Signal;
-use zerocopy::FromBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
 use crate::config::Settings;
 use crate::elf::Elf;
 use crate::error::{Error, KvmStep, Misbehaviour, Registers};
+use crate::faults::{FaultRule, MAX_FAULT_RULES, RawRule};
 use crate::jail::process::{self, Process};
 use crate::layout::Layout;
 use crate::monitor::{self, Plan};
@@ -189,6 +190,15 @@ impl Sandbox {
         let (value, transmission) = (export.len, export.flags);
         let header = Header { value, flags: flags.bits(), transmission, min_block, ..Header::new(Kind::Grant, 0) };
         self.hand_over(header, socket, Window::default(), flags)
+    }
+
+    /// Lets requests on the file that was granted last fail.
+    pub fn let_fail(&mut self, rules: &[FaultRule]) -> Result<(), Error> {
+        if rules.len() > MAX_FAULT_RULES || self.granted == 0 {
+            return Err(Error::Usage("more rules for faults than a file may have"));
+        }
+        let rules: Vec<RawRule> = rules.iter().map(RawRule::from).collect();
+        self.send(&Header::new(Kind::Faults, size_of_val(&rules[..])), rules.as_bytes(), None)
     }
 
     /// Starts the guest with `request`, of at most 256 KiB.

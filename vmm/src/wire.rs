@@ -51,6 +51,8 @@ pub enum Kind {
     Exited = 5,
     /// To the caller: the run failed; a [`Failure`] and the guest's log follow.
     Failed = 6,
+    /// To the monitor: how requests on the file that was granted last are to fail; [`RawRule`](crate::faults::RawRule)s follow.
+    Faults = 7,
 }
 
 impl Header {
@@ -62,7 +64,7 @@ impl Header {
 
     /// Its kind.
     pub fn kind(&self) -> Option<Kind> {
-        [Kind::Grant, Kind::Start, Kind::Answer, Kind::Message, Kind::Exited, Kind::Failed]
+        [Kind::Grant, Kind::Start, Kind::Answer, Kind::Message, Kind::Exited, Kind::Failed, Kind::Faults]
             .into_iter()
             .find(|kind| *kind as u32 == self.kind)
     }

@@ -5,10 +5,12 @@ mod common;
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 
-use common::{PAYLOAD, Requests, header, kvm_or_skip, statuses};
+use common::{PAYLOAD, Requests, header, kvm_or_skip, settings, statuses};
 use instar_guest_protocol::ring::{
     HoleRun, RequestFlags, RequestHeader, RequestKind, RequestStatus, STATUS_IO_ERROR, STATUS_OK, STATUS_REFUSED,
+    STATUS_TARGET_ERROR,
 };
+use instar_vmm::{FaultAction, FaultEvent, FaultKinds, FaultRule};
 use zerocopy::FromBytes;
 
 const OK: RequestStatus = RequestStatus { status: STATUS_OK, errno: 0, value: 0 };
@@ -162,7 +164,7 @@ fn a_file_that_shrinks_is_an_error_and_no_signal() {
     use std::os::fd::AsFd;
     let file = file_with(&pattern(8192));
     let guest = Requests::new().add(header(RequestKind::Read, 0, 4096, 4096), &[(PAYLOAD, 4096)]).guest(&[]);
-    let mut sandbox = instar_vmm::Sandbox::spawn(guest.elf(), &common::settings()).unwrap();
+    let mut sandbox = instar_vmm::Sandbox::spawn(guest.elf(), &settings()).unwrap();
     sandbox.grant(file.as_fd(), false).unwrap();
     file.set_len(5000).unwrap();
     sandbox.start(b"").unwrap();
@@ -253,6 +255,46 @@ fn copy(offset: u64, target_offset: u64, len: u64, skip: Option<u32>) -> Request
         granularity: skip.unwrap_or(0),
         ..header(RequestKind::Copy, 0, offset, len)
     }
+}
+
+/// Requests fail where they are told to, and a copy tells which of its files was at fault.
+#[test]
+fn requests_fail_as_told() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let fail = |kinds, errno, offset| FaultRule {
+        event: FaultEvent::Start,
+        state: 0,
+        action: FaultAction::Fail { kinds, errno, offset, once: false },
+    };
+    let bytes = pattern(100_000);
+    let (source, target) = (file_with(&bytes), file_with(&vec![0xee; 100_000]));
+    let of_source = [fail(FaultKinds::READ, 5, Some(50_000))];
+    let of_target = [
+        fail(FaultKinds::WRITE, 5, Some(20_000)),
+        fail(FaultKinds::WRITE_ZEROES, 28, Some(70_000)),
+        fail(FaultKinds::FLUSH, 5, None),
+    ];
+    let requests = Requests::new()
+        .add(header(RequestKind::Read, 0, 0, 16), &[(PAYLOAD, 16)])
+        .add(header(RequestKind::Read, 0, 49_990, 16), &[(PAYLOAD, 16)])
+        .add(copy(0, 0, 20_000, None), &[])
+        .add(copy(0, 10_000, 40_000, None), &[])
+        .add(copy(40_000, 0, 10_001, None), &[])
+        .add(copy(99_000, 69_000, 2_000, None), &[])
+        .add(header(RequestKind::WriteZeroes, 1, 60_000, 10_000), &[])
+        .add(header(RequestKind::WriteZeroes, 1, 60_000, 10_001), &[])
+        .add(header(RequestKind::Flush, 1, 0, 0), &[]);
+    let outcome =
+        requests.guest(&[]).run_failing(&settings(), &[(&source, false, &of_source), (&target, true, &of_target)]);
+    let status: Vec<(u32, u32)> =
+        statuses(&outcome.unwrap().messages[0]).iter().map(|status| (status.status, status.errno)).collect();
+    let (read, write) = ((STATUS_IO_ERROR, 5), (STATUS_TARGET_ERROR, 5));
+    let full = (STATUS_TARGET_ERROR, 28);
+    let good = (STATUS_OK, 0);
+    assert_eq!(status, [good, read, good, write, read, full, good, (STATUS_IO_ERROR, 28), read]);
+    assert_eq!(contents(&target)[..20_000], bytes[..20_000]);
 }
 
 #[test]

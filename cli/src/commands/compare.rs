@@ -146,7 +146,7 @@ fn compare(
         Ok(_) => Err("The sandboxed parser sent something that makes no sense".into()),
         Err(Unanswered::Unopened(problem)) => Err(Fail::from(problem).with_status(UNOPENED)),
         Err(Unanswered::Lost(problem)) => Err(Fail::from(problem).with_status(UNREAD)),
-        Err(Unanswered::Failed(failure)) => Err(unread(&failure, [&first.shown, &second.shown])),
+        Err(Unanswered::Failed(failure)) => Err(unread(&failure, [&first.given, &second.given])),
     }
 }
 

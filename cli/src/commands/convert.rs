@@ -631,14 +631,12 @@ impl ConvertHost<'_> {
                 let (device, problem) = self.files.seen_from_the_top(device, messages::open_failure(failure));
                 self.reading(device, problem)
             }
-            (_, _, Ok(plan)) if is_of_work(failure) => {
-                let _ = plan;
-                messages::work_failure(failure)
-            }
+            (_, _, Ok(_)) if is_of_work(failure) => messages::work_failure(failure),
             (Step::Create, _, Ok(plan)) => plan.creating(messages::create_failure(failure, plan.format)),
             (Step::OpenTarget, _, Ok(plan)) => {
                 messages::open_failure(failure).within(format!("Could not open '{}'", plan.given))
             }
+            (_, _, Ok(plan)) if plan.is_dd => messages::block_failure(failure),
             _ => messages::work_failure(failure),
         }
     }

@@ -252,8 +252,7 @@ impl Run {
         let file_len = stat.len;
         let shown = if first { image.shown_as(info.format()) } else { record.name.clone() };
         let layers = if first { image.layers.as_slice() } else { &[] };
-        let layers =
-            layers.iter().zip(record.file.layer_lens()).map(|(layer, len)| Below { shown: &layer.shown, len: *len });
+        let layers = layers.iter().zip(record.file.layer_lens()).map(|(layer, len)| Below { layer, len: *len });
         Ok(Described {
             info,
             shown,

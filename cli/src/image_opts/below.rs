@@ -8,6 +8,7 @@ use crate::formats;
 use crate::open::join_name;
 use crate::problem::Problem;
 use crate::program;
+use crate::qdict::bucket;
 
 /// What is said of the image below another.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -233,14 +234,6 @@ impl ImageSpec {
 /// An option of an NBD export that says where it is.
 fn is_address(key: &str) -> bool {
     ["host", "port", "path", "export", "tls-creds"].contains(&key) || key.starts_with("server.")
-}
-
-/// Where QEMU's dictionaries keep a key, which decides about their order.
-fn bucket(key: &str) -> u32 {
-    let start = 0x238f_13af_u32.wrapping_mul(key.len() as u32);
-    let sum =
-        key.bytes().zip(0_u32..).fold(start, |sum, (byte, at)| sum.wrapping_add(u32::from(byte) << (at * 5 % 24)));
-    1_103_515_243_u32.wrapping_mul(sum).wrapping_add(12345) % 512
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use instar_guest_protocol::message::{Bitmap, Format, ImageInfo, LuksInfo, Qcow2I
 use super::human;
 use super::node::Node;
 use crate::formats;
+use crate::layer::Layer;
 use crate::open::{FileKind, Stat, join_name};
 use crate::problem::printable;
 use crate::version::QemuVersion;
@@ -26,7 +27,7 @@ pub struct Described<'a> {
     pub file_len: u64,
     /// Further files that the image consists of.
     pub parts: Vec<Part<'a>>,
-    /// The raw nodes between it and the file, its own child first.
+    /// The nodes between it and the file, its own child first.
     pub layers: Vec<Below<'a>>,
     /// As this version tells it.
     pub version: QemuVersion,
@@ -43,11 +44,11 @@ pub struct Part<'a> {
     pub stat: Stat,
 }
 
-/// A raw node between an image and its file.
+/// A node between an image and its file.
 #[derive(Clone, Copy, Debug)]
 pub struct Below<'a> {
-    /// Its name, not escaped.
-    pub shown: &'a str,
+    /// The node.
+    pub layer: &'a Layer,
     /// Bytes.
     pub len: u64,
 }
@@ -98,20 +99,10 @@ impl Described<'_> {
         self.info.backing_file.as_ref().and(self.info.backing_format.as_deref())
     }
 
-    /// A server does not tell what its export takes.
-    fn disk_size(&self) -> String {
-        match self.stat.kind {
-            FileKind::Nbd => "unavailable".to_owned(),
-            _ => human::size(self.stat.allocated),
-        }
-    }
-
-    /// As [`disk_size`](Self::disk_size), of the file alone.
-    fn own_disk_size(&self) -> String {
-        match self.stat.kind {
-            FileKind::Nbd => self.disk_size(),
-            _ => human::size(self.own_allocated),
-        }
+    /// What of `allocated` bytes is told above these nodes: a server does not tell what its export takes.
+    fn disk_size(&self, allocated: u64, layers: &[Below<'_>]) -> Option<u64> {
+        let told = self.stat.kind != FileKind::Nbd && layers.iter().all(|below| below.layer.tells_disk_size());
+        told.then_some(allocated)
     }
 
     /// For people.
@@ -122,7 +113,7 @@ impl Described<'_> {
         line("image", &self.shown);
         line("file format", self.format_name());
         line("virtual size", &size(self.virtual_size()));
-        line("disk size", &self.disk_size());
+        line("disk size", &disk_size_text(self.disk_size(self.stat.allocated, &self.layers)));
         if self.info.encrypted {
             line("encrypted", "yes");
         }
@@ -160,14 +151,17 @@ impl Described<'_> {
                 let (node, disk_size) = (self.part_node(number), human::size(part.stat.allocated));
                 out.push_str(&file(0, &node, part.name, protocol_of(part.stat.kind), part.stat.len, &disk_size));
             }
-            let disk_size = self.own_disk_size();
+            let disk_size = |depth: usize| {
+                disk_size_text(self.disk_size(self.own_allocated, self.layers.get(depth..).unwrap_or_default()))
+            };
             let mut node = "file".to_owned();
-            for (depth, layer) in self.layers.iter().enumerate() {
-                let (name, len) = (printable(layer.shown.as_bytes()), size(layer.len));
-                let members = [("image", name.as_str()), ("file format", "raw"), ("virtual size", &len)];
-                out.push_str(&child_lines(depth, &node, &members, &disk_size));
-                node.push_str("/file");
+            for (depth, Below { layer, len }) in self.layers.iter().enumerate() {
+                let (name, len) = (printable(layer.shown.as_bytes()), size(*len));
+                let members = [("image", name.as_str()), ("file format", layer.driver), ("virtual size", &len)];
+                out.push_str(&child_lines(depth, &node, &members, &disk_size(depth)));
+                node = format!("{node}/{}", layer.child);
             }
+            let disk_size = disk_size(self.layers.len());
             out.push_str(&file(self.layers.len(), &node, self.file, self.protocol(), self.file_len, &disk_size));
         }
         for (key, value) in &self.extra {
@@ -195,8 +189,8 @@ impl Described<'_> {
             put("cluster-size", Node::Int(cluster_size));
         }
         put("format", Node::text(self.format_name()));
-        if self.stat.kind != FileKind::Nbd {
-            put("actual-size", Node::Int(self.stat.allocated));
+        if let Some(bytes) = self.disk_size(self.stat.allocated, &self.layers) {
+            put("actual-size", Node::Int(bytes));
         }
         if self.is_file() && self.stat.kind.tells_details() && self.version.shows_child_nodes() {
             put("format-specific", file_specific());
@@ -229,9 +223,15 @@ impl Described<'_> {
         let parts = self.parts.iter().enumerate().rev();
         let parts = parts.map(|(number, part)| child(&self.part_node(number), part.name, part.stat, part.stat.len));
         let stat = Stat { allocated: self.own_allocated, ..self.stat };
-        let mut below = child("file", self.file, stat, self.file_len);
-        for layer in self.layers.iter().rev() {
-            below = node_over("file", [layer.shown, "raw"], layer.len, stat, Some(below));
+        // What each node is to the one above it.
+        let role = |depth: usize| match depth {
+            0 => "file",
+            depth => self.layers.get(depth - 1).map_or("file", |above| above.layer.child),
+        };
+        let mut below = child(role(self.layers.len()), self.file, stat, self.file_len);
+        for (depth, Below { layer, len }) in self.layers.iter().enumerate().rev() {
+            let disk_size = self.disk_size(self.own_allocated, self.layers.get(depth..).unwrap_or_default());
+            below = node_over(role(depth), [&layer.shown, layer.driver], *len, stat.kind, disk_size, Some(below));
         }
         parts.chain([below]).collect()
     }
@@ -246,7 +246,7 @@ impl Described<'_> {
             }
             let name = match extent.device {
                 Some(device) if device == self.info.device => {
-                    self.layers.first().map_or(self.file, |layer| layer.shown)
+                    self.layers.first().map_or(self.file, |below| &below.layer.shown)
                 }
                 Some(_) => names.next().unwrap_or_default(),
                 None => "",
@@ -299,11 +299,23 @@ fn child_lines(depth: usize, node: &str, members: &[(&str, &str)], disk_size: &s
 
 /// A file, as a child of an image.
 fn child(node: &str, name: &str, stat: Stat, len: u64) -> Node {
-    node_over(node, [name, protocol_of(stat.kind)], whole_sectors(len), stat, None)
+    let disk_size = (stat.kind != FileKind::Nbd).then_some(stat.allocated);
+    node_over(node, [name, protocol_of(stat.kind)], whole_sectors(len), stat.kind, disk_size, None)
+}
+
+fn disk_size_text(bytes: Option<u64>) -> String {
+    bytes.map_or_else(|| "unavailable".to_owned(), human::size)
 }
 
 /// A child of an image: a file, or what lies over one.
-fn node_over(node: &str, [name, format]: [&str; 2], len: u64, stat: Stat, below: Option<Node>) -> Node {
+fn node_over(
+    node: &str,
+    [name, format]: [&str; 2],
+    len: u64,
+    kind: FileKind,
+    disk_size: Option<u64>,
+    below: Option<Node>,
+) -> Node {
     let is_file = below.is_none();
     let mut info = vec![
         ("children", Node::List(below.into_iter().collect())),
@@ -311,13 +323,13 @@ fn node_over(node: &str, [name, format]: [&str; 2], len: u64, stat: Stat, below:
         ("filename", Node::text(name)),
         ("format", Node::text(format)),
     ];
-    if stat.kind != FileKind::Nbd {
-        info.push(("actual-size", Node::Int(stat.allocated)));
+    if let Some(bytes) = disk_size {
+        info.push(("actual-size", Node::Int(bytes)));
     }
-    if is_file && stat.kind == FileKind::Regular {
+    if is_file && kind == FileKind::Regular {
         info.push(("format-specific", file_specific()));
     }
-    if stat.kind.tells_details() {
+    if kind.tells_details() {
         info.push(("dirty-flag", Node::Bool(false)));
     }
     Node::Dict(vec![("name", Node::text(node)), ("info", Node::Dict(info))])

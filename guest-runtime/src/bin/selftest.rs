@@ -14,7 +14,7 @@ use core::{hint, ptr};
 
 use instar_blockio::{BlockMap, BlockRead, BlockWrite, Codec, ErrorKind, ExtentKind, FileId, ReadPart, ZeroMode};
 use instar_codec::{Decoder, Encoder};
-use instar_guest::platform::{Io, Platform};
+use instar_guest::platform::{FailedIo, Io, Platform};
 use instar_guest::rt::Machine;
 use instar_guest_protocol::message::request::Operation;
 use instar_guest_protocol::message::{
@@ -229,13 +229,13 @@ fn failures(machine: &Machine) -> Outcome {
         Io::Write { file: to, offset: 0, buf: b"first" },
         Io::Write { file: from, offset: 0, buf: b"source" },
     ]);
-    check!(failed.is_err_and(|(index, error)| index == 1 && error.kind() == ErrorKind::ReadOnly));
+    check!(failed.is_err_and(|failed| failed.index == 1 && failed.error.kind() == ErrorKind::ReadOnly));
     let failed = machine.submit(&mut [
         Io::Write { file: to, offset: 5, buf: b"second" },
         // Larger than any file may be: the host's own error.
         Io::SetLen { file: to, len: i64::MAX as u64 },
     ]);
-    let Err((1, error)) = failed else { return Err(line!()) };
+    let Err(FailedIo { index: 1, error, .. }) = failed else { return Err(line!()) };
     let mut read = [0; 11];
     machine.file(1).ok_or(line!())?.read_at(0, &mut read).map_err(|_| line!())?;
     check!(&read == b"firstsecond");

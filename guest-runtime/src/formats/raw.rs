@@ -13,7 +13,7 @@ use instar_raw as raw;
 use super::target::{TargetFile, granted_target_file, open_target_file};
 use super::{Completion, FlatImage, OpenImage, TargetImage};
 use crate::ops::failure::{about, block, failure};
-use crate::platform::{File, Io, Platform};
+use crate::platform::{FailedIo, File, Io, Platform};
 
 /// Sizes are whole sectors to qemu-img.
 const SECTOR: u64 = 512;
@@ -63,7 +63,7 @@ pub(super) fn create<P: Platform>(platform: &P, target: &Target, size: u64) -> R
     }
     let file = opened.id;
     let set_len = move |platform: &P, len: u64| {
-        let failed = |(_, error): (usize, _)| block(Step::Write, Some(file), len, error);
+        let failed = |FailedIo { error, .. }| block(Step::Write, Some(file), len, error);
         platform.submit(&mut [Io::SetLen { file, len }]).map_err(failed)
     };
     set_len(platform, last)?;
@@ -121,15 +121,11 @@ pub(super) fn give_size<P: Platform>(
         Preallocation::Full => write_full(platform, file, 0..size),
         Preallocation::Metadata => return Err(failure(Step::Create, Cause::InvalidOptions)),
     };
-    sized.map_err(|(_, error)| block(Step::Create, Some(target.id), 0, error))
+    sized.map_err(|failed| block(Step::Create, Some(target.id), 0, failed.error))
 }
 
 /// Writes zeroes over a range, so that the file system has given and initialised every block.
-pub(crate) fn write_full<P: Platform>(
-    platform: &P,
-    file: FileId,
-    range: Range<u64>,
-) -> Result<(), (usize, instar_blockio::Error)> {
+pub(crate) fn write_full<P: Platform>(platform: &P, file: FileId, range: Range<u64>) -> Result<(), FailedIo> {
     const PIECE: usize = 1 << 20;
     const PIECES: usize = 16;
     let zeroes = alloc::vec![0; PIECE];

@@ -157,13 +157,13 @@ fn create_fixed<P: Platform>(
         },
         false => {
             let sized = platform.submit(&mut [Io::SetLen { file, len: end }]);
-            sized.map_err(|(_, error)| block(Step::Create, Some(file), 0, error))?;
+            sized.map_err(|failed| block(Step::Create, Some(file), 0, failed.error))?;
             size
         }
     };
     let complete = move |platform: &P| {
         let written = platform.submit(&mut [Io::Write { file, offset: at, buf: &footer }]);
-        written.map_err(|(_, error)| block(Step::Write, Some(file), at, error))
+        written.map_err(|failed| block(Step::Write, Some(file), at, failed.error))
     };
     Ok(TargetImage::Flat(FlatImage {
         file,

@@ -106,7 +106,7 @@ fn flush<P: Platform>(platform: &P, image: &mut TargetImage<P>) -> BlockResult<(
 }
 
 fn submit<P: Platform>(platform: &P, batch: &mut [Io<'_>]) -> BlockResult<()> {
-    platform.submit(batch).map_err(|(_, error)| error)
+    platform.submit(batch).map_err(|failed| failed.error)
 }
 
 /// Reads in one turn what lies plain in a file, and the rest one by one.

@@ -125,7 +125,7 @@ impl<P: Platform> Base<P> {
                 }
                 TargetImage::Flat(flat) => {
                     let grown = platform.submit(&mut [Io::SetLen { file: flat.file, len: flat.base + size }]);
-                    grown.map_err(|(_, error)| block(Step::Edit, Some(id), 0, error))?;
+                    grown.map_err(|failed| block(Step::Edit, Some(id), 0, failed.error))?;
                     flat.size = size;
                 }
                 TargetImage::Mapped(image) => match image.as_qcow2_mut() {

@@ -132,5 +132,5 @@ fn resize_raw<P: Platform>(platform: &P, request: &ResizeRequest, old: u64, size
         }
         Preallocation::Full => write_full(platform, id, old..size),
     };
-    done.and_then(|()| platform.submit(&mut [Io::Flush { file: id }])).map_err(|(_, error)| failed(error))
+    done.and_then(|()| platform.submit(&mut [Io::Flush { file: id }])).map_err(|io| failed(io.error))
 }

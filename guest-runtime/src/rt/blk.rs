@@ -6,15 +6,16 @@ use instar_blockio::{Error, ErrorKind, FileId, Result, ZeroMode};
 use instar_guest_protocol::limits::{MAX_COPY_BYTES, MAX_REQUEST_BYTES};
 use instar_guest_protocol::ring::{
     HoleRun, RequestFlags, RequestHeader, RequestKind, RequestStatus, STATUS_IO_ERROR, STATUS_OK, STATUS_REFUSED,
+    STATUS_TARGET_ERROR,
 };
 use zerocopy::IntoBytes;
 
 use super::queue::{Data, Outcome, Queue};
 use crate::files::FileTable;
-use crate::platform::Io;
+use crate::platform::{FailedIo, Io};
 
 /// See [`Platform::submit`](crate::platform::Platform::submit).
-pub fn submit(queue: &mut Queue, files: &FileTable, batch: &mut [Io<'_>]) -> core::result::Result<(), (usize, Error)> {
+pub fn submit(queue: &mut Queue, files: &FileTable, batch: &mut [Io<'_>]) -> core::result::Result<(), FailedIo> {
     let mut at = Cursor { index: 0, done: 0 };
     while at.index < batch.len() {
         at = turn(queue, files, batch, at)?;
@@ -46,14 +47,14 @@ fn turn(
     files: &FileTable,
     batch: &mut [Io<'_>],
     from: Cursor,
-) -> core::result::Result<Cursor, (usize, Error)> {
+) -> core::result::Result<Cursor, FailedIo> {
     let mut turn = queue.turn();
     let mut at = from;
     for (index, io) in batch.iter_mut().enumerate().skip(from.index) {
         // The file's length decides about both of these, and an earlier request of the turn may be about to change it.
         if let Err(error) = files.check(io) {
             if turn.is_empty() {
-                return Err((index, error));
+                return Err(FailedIo { index, error, on_target: false });
             }
             break;
         }
@@ -73,7 +74,7 @@ fn turn(
         }
         at = Cursor { index: index + 1, done: 0 };
     }
-    let mut failed: Option<(usize, Error)> = None;
+    let mut failed: Option<FailedIo> = None;
     let mut noted = from.index;
     for outcome in turn.run() {
         match result(&outcome.status, outcome.offset) {
@@ -82,7 +83,10 @@ fn turn(
                 note_difference(batch, &outcome);
                 batch[noted..outcome.tags.end.min(at.index).max(noted)].iter().for_each(|io| files.done(io));
             }
-            Err(error) if failed.is_none() => failed = Some((outcome.tags.start, error)),
+            Err(error) if failed.is_none() => {
+                let on_target = outcome.status.status == STATUS_TARGET_ERROR;
+                failed = Some(FailedIo { index: outcome.tags.start, error, on_target });
+            }
             Err(_) => {}
         }
         noted = noted.max(outcome.tags.end.min(at.index));
@@ -233,7 +237,9 @@ fn header(kind: RequestKind, file: FileId, offset: u64) -> RequestHeader {
 fn result(status: &RequestStatus, offset: u64) -> Result<()> {
     match (status.status, i32::try_from(status.errno)) {
         (STATUS_OK, _) => Ok(()),
-        (STATUS_IO_ERROR | STATUS_REFUSED, Ok(errno @ 1..)) => Err(Error::from_os(errno).at(offset)),
+        (STATUS_IO_ERROR | STATUS_REFUSED | STATUS_TARGET_ERROR, Ok(errno @ 1..)) => {
+            Err(Error::from_os(errno).at(offset))
+        }
         // It was checked here by the same rules, so the file has become shorter behind our back.
         (STATUS_REFUSED, _) => Err(Error::new(ErrorKind::OutOfBounds).at(offset)),
         _ => Err(Error::new(ErrorKind::Io).at(offset)),

@@ -30,7 +30,7 @@ mod queue;
 mod smp;
 mod transport;
 
-use instar_blockio::{Error, FileId, Result};
+use instar_blockio::{FileId, Result};
 use instar_guest_protocol::message::{Call, OpenAnswer, OpenFile};
 use instar_guest_protocol::ring::HoleRun;
 
@@ -38,7 +38,7 @@ pub use entry::enter;
 pub use instar_guest_protocol::boot::BootPage;
 
 use crate::files::FileTable;
-use crate::platform::{Io, Platform};
+use crate::platform::{FailedIo, Io, Platform};
 
 /// The granted files.
 static FILES: FileTable = FileTable::new();
@@ -52,7 +52,7 @@ impl Platform for Machine {
         &FILES
     }
 
-    fn submit(&self, batch: &mut [Io<'_>]) -> core::result::Result<(), (usize, Error)> {
+    fn submit(&self, batch: &mut [Io<'_>]) -> core::result::Result<(), FailedIo> {
         queue::with(|queue| blk::submit(queue, &FILES, batch))
     }
 

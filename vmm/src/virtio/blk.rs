@@ -4,6 +4,7 @@ use std::os::fd::BorrowedFd;
 
 use instar_guest_protocol::ring::{
     HoleRun, RequestFlags, RequestHeader, RequestKind, RequestStatus, STATUS_IO_ERROR, STATUS_OK, STATUS_REFUSED,
+    STATUS_TARGET_ERROR,
 };
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, fdatasync, seek};
 use rustix::io::{Errno, pread, pwrite, retry_on_intr};
@@ -12,6 +13,7 @@ use zerocopy::IntoBytes;
 use super::copy::Scratch;
 use super::device::{Device, DeviceTable, Lacks};
 use super::request::{Direction, Request};
+use crate::faults::FaultKinds;
 use crate::rawio;
 use crate::stats::Counters;
 
@@ -22,6 +24,18 @@ pub enum Fault {
     Refused,
     /// A system call failed.
     Io(Errno),
+    /// A system call on the target of a copy failed.
+    Target(Errno),
+}
+
+impl Fault {
+    /// The same on the target of a copy.
+    pub fn on_target(self) -> Self {
+        match self {
+            Self::Io(errno) => Self::Target(errno),
+            other => other,
+        }
+    }
 }
 
 impl From<Errno> for Fault {
@@ -63,9 +77,8 @@ impl Job<'_> {
         match outcome {
             Ok(value) => RequestStatus { status: STATUS_OK, errno: 0, value },
             Err(Fault::Refused) => RequestStatus { status: STATUS_REFUSED, errno: 0, value: 0 },
-            Err(Fault::Io(errno)) => {
-                RequestStatus { status: STATUS_IO_ERROR, errno: errno.raw_os_error().unsigned_abs(), value: 0 }
-            }
+            Err(Fault::Io(errno)) => failed(STATUS_IO_ERROR, errno),
+            Err(Fault::Target(errno)) => failed(STATUS_TARGET_ERROR, errno),
         }
     }
 
@@ -91,6 +104,9 @@ impl Job<'_> {
         if writes && !device.is_writable() {
             return Err(Fault::Refused);
         }
+        if let Some(fault) = kind_of_fault(kind) {
+            device.pass(fault, header.offset, header.len)?;
+        }
         match (kind, device.nbd()) {
             (RequestKind::Holes | RequestKind::Copy | RequestKind::Compare, _) | (_, None) => {}
             (kind, Some(nbd)) => return nbd.serve(kind, request),
@@ -112,12 +128,29 @@ impl Job<'_> {
             RequestKind::Compare => {
                 let other = self.devices.get(header.target_device).ok_or(Fault::Refused)?;
                 header.target_offset = other.in_file(header.target_offset).ok_or(Fault::Refused)?;
+                other.pass(FaultKinds::READ, header.target_offset, header.len)?;
                 super::compare::compare(device, other, &header, self.scratch)
             }
             RequestKind::SetLen => set_len(device, header.offset),
             RequestKind::Allocate => allocate(device, header.offset, header.len, self.scratch),
         }
     }
+}
+
+fn failed(status: u32, errno: Errno) -> RequestStatus {
+    RequestStatus { status, errno: errno.raw_os_error().unsigned_abs(), value: 0 }
+}
+
+/// As what a request on its device may be made to fail.
+fn kind_of_fault(kind: RequestKind) -> Option<FaultKinds> {
+    Some(match kind {
+        RequestKind::Read | RequestKind::Copy | RequestKind::Compare => FaultKinds::READ,
+        RequestKind::Write => FaultKinds::WRITE,
+        RequestKind::Discard => FaultKinds::DISCARD,
+        RequestKind::Flush => FaultKinds::FLUSH,
+        // Zeroes are written for copies, too.
+        RequestKind::WriteZeroes | RequestKind::Holes | RequestKind::SetLen | RequestKind::Allocate => return None,
+    })
 }
 
 fn read(device: &Device, request: &mut Request<'_>) -> Result<u64, Fault> {
@@ -150,12 +183,12 @@ fn discard(device: &Device, header: &RequestHeader) -> Result<u64, Fault> {
     if len == 0 {
         return Ok(0);
     }
-    if device.is_block_device() {
-        rawio::block_device_discard(device.file(), offset, len)?;
-    } else {
-        punch(device.file(), offset, len)?;
-    }
-    Ok(0)
+    // Where space can't be given back it stays taken.
+    let given_back = Lacks::try_once(&device.lacks.punch_hole, || match device.is_block_device() {
+        true => rawio::block_device_discard(device.file(), offset, len),
+        false => punch(device.file(), offset, len),
+    });
+    Ok(given_back.unwrap_or(Ok(())).map(|()| 0)?)
 }
 
 fn punch(file: BorrowedFd<'_>, offset: u64, len: u64) -> rustix::io::Result<()> {
@@ -170,6 +203,7 @@ pub fn write_zeroes(device: &Device, offset: u64, len: u64, unmap: bool, scratch
     if len == 0 {
         return Ok(0);
     }
+    device.pass(FaultKinds::WRITE_ZEROES, offset, len)?;
     if let Some(nbd) = device.nbd() {
         return Ok(nbd.write_zeroes(offset, len, unmap).map(|()| 0)?);
     }

@@ -9,6 +9,7 @@ use rustix::io::{Errno, retry_on_intr};
 
 use super::blk::{Fault, next_data, read_all, write_all, write_zeroes};
 use super::device::{Device, Lacks};
+use crate::faults::FaultKinds;
 use crate::rawio::clone_range;
 
 /// Bytes moved by one pair of system calls: large enough to make the cost of handing the file on to the next writer vanish, small enough
@@ -85,7 +86,7 @@ pub fn copy(
     let present = end.min(source.len()).saturating_sub(offset);
     plan.copy_all(present, scratch)?;
     if present < len {
-        write_zeroes(target, target_offset + present, len - present, false, scratch)?;
+        write_zeroes(target, target_offset + present, len - present, false, scratch).map_err(Fault::on_target)?;
     }
     Ok(len)
 }
@@ -115,6 +116,7 @@ impl Plan<'_> {
             || !from.is_multiple_of(CLONE_ALIGNMENT)
             || !to.is_multiple_of(CLONE_ALIGNMENT)
             || self.has_block_device()
+            || self.target.has_faults()
         {
             return Ok(none);
         }
@@ -125,13 +127,13 @@ impl Plan<'_> {
         });
         match shared {
             None => Ok(none),
-            Some(result) => Ok(result.map(|()| range.start..range.start + len)?),
+            Some(result) => Ok(result.map(|()| range.start..range.start + len).map_err(of_either)?),
         }
     }
 
     /// Copies from `done` on with `copy_file_range`, as far as it goes.
     fn copy_in_kernel(&self, mut done: u64, len: u64) -> Result<u64, Fault> {
-        if self.has_block_device() {
+        if self.has_block_device() || self.target.has_faults() {
             return Ok(done);
         }
         let _guard = self.target.extension(self.target_offset + len);
@@ -146,7 +148,7 @@ impl Plan<'_> {
             match copied {
                 // Not possible, or some file systems' way to say so.
                 None | Some(Ok(0)) => break,
-                Some(count) => done += count? as u64,
+                Some(count) => done += count.map_err(of_either)? as u64,
             }
             self.target.has_grown_to(self.target_offset + done);
         }
@@ -258,12 +260,21 @@ impl Plan<'_> {
 
     fn write(&self, at: u64, chunk: &[u8]) -> Result<(), Fault> {
         let offset = self.target_offset + at;
+        self.target.pass(FaultKinds::WRITE, offset, chunk.len() as u64).map_err(Fault::Target)?;
         if let Some(nbd) = self.target.nbd() {
-            return Ok(nbd.write(offset, chunk)?);
+            return nbd.write(offset, chunk).map_err(Fault::Target);
         }
         self.target.write_parts(offset, chunk.len(), |at, count| {
-            Ok(write_all(self.target.file(), &chunk[(at - offset) as usize..][..count], at)?)
+            write_all(self.target.file(), &chunk[(at - offset) as usize..][..count], at).map_err(Fault::Target)
         })
+    }
+}
+
+/// Of a call on both files, which does not say where it failed: only writing runs out of space.
+fn of_either(errno: Errno) -> Fault {
+    match errno {
+        Errno::NOSPC | Errno::DQUOT | Errno::FBIG | Errno::ROFS => Fault::Target(errno),
+        _ => Fault::Io(errno),
     }
 }
 

@@ -10,6 +10,7 @@ use rustix::io::{Errno, retry_on_intr};
 
 use super::nbd::{Nbd, NbdExport};
 use super::turns::Turns;
+use crate::faults::{FaultKinds, FaultRule, Faults};
 use crate::stats::{DeviceCounters, DeviceTraffic};
 
 /// All granted files; the index is the device number.
@@ -25,6 +26,13 @@ impl DeviceTable {
     /// The file with this number.
     pub fn get(&self, number: u32) -> Option<&Device> {
         self.0.get(usize::try_from(number).ok()?)
+    }
+
+    /// Lets requests on the last file fail by these rules.
+    pub fn let_last_fail(&mut self, rules: Vec<FaultRule>) {
+        if let Some(device) = self.0.last_mut() {
+            device.faults = Some(Faults::new(rules));
+        }
     }
 
     /// Number of files.
@@ -86,6 +94,8 @@ pub struct Device {
     pub lacks: Lacks,
     /// What was done with it.
     pub counters: DeviceCounters,
+    /// Requests that are to fail.
+    faults: Option<Faults>,
 }
 
 /// Where the bytes are.
@@ -134,7 +144,18 @@ impl Device {
             turns: Turns::default(),
             lacks,
             counters: DeviceCounters::default(),
+            faults: None,
         }
+    }
+
+    /// Lets a request fail that is to fail. `offset` counts from the beginning of the file.
+    pub fn pass(&self, kind: FaultKinds, offset: u64, len: u64) -> rustix::io::Result<()> {
+        self.faults.as_ref().map_or(Ok(()), |faults| faults.pass(kind, offset, len))
+    }
+
+    /// Requests may be made to fail.
+    pub fn has_faults(&self) -> bool {
+        self.faults.is_some()
     }
 
     /// The file. An NBD export has none: the calls that need one fail on its socket.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use instar_guest_protocol::boot::{BootPage, Mailbox, TransportWords, VcpuArea};
 use instar_guest_protocol::port;
 use instar_guest_protocol::ring::{RequestHeader, RequestKind, RequestStatus, STATUS_PENDING};
-use instar_vmm::{Error, Event, KvmStep, Sandbox, Settings, Stats};
+use instar_vmm::{Error, Event, FaultRule, KvmStep, Sandbox, Settings, Stats};
 use zerocopy::IntoBytes;
 
 /// Where the guest finds its boot page (`rsi`).
@@ -161,9 +161,16 @@ impl Guest {
     }
 
     pub fn run_with(self, settings: &Settings, files: &[(&File, bool)]) -> Result<Outcome, Error> {
+        let files: Vec<_> = files.iter().map(|(file, writable)| (*file, *writable, &[][..])).collect();
+        self.run_failing(settings, &files)
+    }
+
+    /// Runs it with these files, requests on which fail by rules.
+    pub fn run_failing(self, settings: &Settings, files: &[(&File, bool, &[FaultRule])]) -> Result<Outcome, Error> {
         let mut sandbox = Sandbox::spawn(self.elf(), settings)?;
-        for (file, writable) in files {
+        for (file, writable, rules) in files {
             sandbox.grant(file.as_fd(), *writable)?;
+            sandbox.let_fail(rules)?;
         }
         sandbox.start(b"request")?;
         collect(&mut sandbox)

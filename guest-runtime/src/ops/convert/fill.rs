@@ -100,25 +100,19 @@ impl<'b> Batch<'b> {
         if self.requests.is_empty() {
             return Ok(());
         }
-        platform.submit(&mut self.requests).map_err(|(index, error)| Fault {
-            step: self.requests.get(index).map_or(Step::Read, |request| step_of(request, error)),
-            offset: self.disk_offsets.get(index).copied().unwrap_or_default(),
-            error,
+        platform.submit(&mut self.requests).map_err(|failed| Fault {
+            step: self.requests.get(failed.index).map_or(Step::Read, |request| step_of(request, failed.on_target)),
+            offset: self.disk_offsets.get(failed.index).copied().unwrap_or_default(),
+            error: failed.error,
         })
     }
 }
 
 /// Which side of the conversion a failed request belongs to.
-fn step_of(request: &Io<'_>, error: Error) -> Step {
-    const EFBIG: i32 = 27;
+fn step_of(request: &Io<'_>, on_target: bool) -> Step {
     match request {
         Io::Read { .. } | Io::Compare { .. } => Step::Read,
-        // The host does not say which side of a copy failed: only writing runs out of space.
-        Io::Copy { .. } | Io::Share { .. } => match error.kind() {
-            ErrorKind::NoSpace | ErrorKind::ReadOnly => Step::Write,
-            _ if error.os() == Some(EFBIG) => Step::Write,
-            _ => Step::Read,
-        },
+        Io::Copy { .. } | Io::Share { .. } if !on_target => Step::Read,
         _ => Step::Write,
     }
 }
@@ -195,7 +189,7 @@ fn load<'b, P: Platform>(
                     batch.push(extent.offset, Io::Read { file, offset: host, buf: part });
                 } else {
                     let read = |offset: u64, buf: &mut [u8]| {
-                        platform.submit(&mut [Io::Read { file, offset, buf }]).map_err(|(_, error)| error)
+                        platform.submit(&mut [Io::Read { file, offset, buf }]).map_err(|failed| failed.error)
                     };
                     read_encrypted(&*cipher, host, position, part, read).map_err(&located)?;
                 }

@@ -3,7 +3,7 @@
 use alloc::boxed::Box;
 use core::sync::atomic::AtomicBool;
 
-use instar_blockio::{Error, FileId, Layer};
+use instar_blockio::{FileId, Layer};
 use instar_codec::Encoder;
 use instar_guest_protocol::message::{Cause, ConvertRequest, Failure, Preallocation, Step};
 
@@ -15,7 +15,7 @@ use crate::chain::open_source;
 use crate::formats::{Completion, FlatImage, MappedImage, TargetImage, create_image, open_target};
 use crate::lock::Lock;
 use crate::ops::failure::{about, block, failure};
-use crate::platform::{Io, Platform};
+use crate::platform::{FailedIo, Io, Platform};
 
 /// Bytes of a chunk that is read into guest memory: the size of qemu-img's requests, so that the same data gives the same image.
 const CHUNK: u64 = 2 << 20;
@@ -198,6 +198,6 @@ impl<P: Platform> Target<P> {
 }
 
 fn flush_file<P: Platform>(platform: &P, file: FileId) -> Result<(), Failure> {
-    let failed = |(_, error): (usize, Error)| block(Step::Write, None, error.offset().unwrap_or(0), error);
+    let failed = |FailedIo { error, .. }| block(Step::Write, None, error.offset().unwrap_or(0), error);
     platform.submit(&mut [Io::Flush { file }]).map_err(failed)
 }
