@@ -8,7 +8,10 @@
 //! ```
 //!
 //! So counts, copied flags and what they tell of agree in every state that a crash can leave.
+//!
+//! What was moved is then brought back in the same way, to where QEMU would have changed it in place, unless it is very much.
 
+use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 use core::cell::RefCell;
 use core::mem::{offset_of, take};
@@ -22,10 +25,13 @@ use crate::error::Result;
 use crate::format::RawHeader;
 use crate::header::Header;
 use crate::l1::L1Entry;
+use crate::store::zeroed;
 use crate::write::{L2_CACHE_LEN, SIZE_FIELD, Writer};
 
 /// Runs of clusters of a tree that are remembered until their space can be given back; of more, the tree is.
 const MAX_LEFT: usize = 1 << 16;
+/// Bytes of tables that are brought back. More stay where they are, and the image ends a little later than QEMU's.
+const MAX_BACK: u64 = 64 << 20;
 /// Where the header fields end that tell the disk's size and where tables lie. All are in the first sector.
 const TABLE_FIELDS_END: usize = offset_of!(RawHeader, incompatible_features);
 
@@ -40,16 +46,48 @@ pub(crate) struct Fork {
     left: Vec<Span>,
     /// L1 tables that it does without, where clusters that they alone refer to are not all among those.
     trees: Vec<Vec<u64>>,
+    /// L2 tables that were moved: from where, and where to.
+    moved: Vec<(u64, u64)>,
 }
 
 impl Fork {
-    /// A cluster for an L2 table.
-    pub(crate) fn next_table(&mut self) -> blockio::Result<u64> {
-        self.tables.pop().ok_or(ErrorKind::NoSpace.into())
+    /// Clusters of piece `index`.
+    pub(crate) fn piece(&self, index: usize) -> Span {
+        self.pieces.get(index).copied().unwrap_or(Span { first: 0, count: 0 })
+    }
+
+    /// A place for the L2 table at `old`.
+    pub(crate) fn move_to(&mut self, old: u64, cluster_size: u64) -> blockio::Result<u64> {
+        let new = self.tables.pop().ok_or(Error::new(ErrorKind::NoSpace))? * cluster_size;
+        self.moved.try_reserve(1).map_err(|_| Error::new(ErrorKind::OutOfMemory))?;
+        self.moved.push((old, new));
+        Ok(new)
     }
 }
 
+/// A state that the image went over to, and the one before.
+#[derive(Debug)]
+pub(crate) struct Done {
+    fork: Fork,
+    before: Before,
+    /// Refcount blocks of the state before, and where their table lies.
+    blocks: Vec<u64>,
+    table_offset: u64,
+}
+
+/// Where tables have their place for good.
+#[derive(Debug, Default)]
+pub(crate) struct Home {
+    /// Pieces that only serve there.
+    pub(crate) pieces: Vec<Span>,
+    /// Of the active L1 table, if not where it was.
+    pub(crate) l1: Option<u64>,
+    /// Where the last byte lies of what was added to the image.
+    pub(crate) end: u64,
+}
+
 /// The state in the image.
+#[derive(Debug)]
 struct Before {
     header: Header,
     l1: Vec<u64>,
@@ -64,11 +102,19 @@ impl<D: BlockWrite> Writer<D> {
         pieces: &[u64],
         tables: usize,
         change: impl FnOnce(&mut Self, &mut Fork) -> Result<()>,
-    ) -> Result<()> {
+    ) -> Result<Done> {
+        self.go_over(|this, taken| this.fork(pieces, tables, taken), change)
+    }
+
+    fn go_over(
+        &mut self,
+        prepare: impl FnOnce(&mut Self, &mut Vec<Span>) -> Result<Fork>,
+        change: impl FnOnce(&mut Self, &mut Fork) -> Result<()>,
+    ) -> Result<Done> {
         self.sync()?;
         let before = Before { header: self.header.clone(), l1: self.l1.clone(), end: self.main.end() };
         let mut taken = Vec::new();
-        let made = self.fork(pieces, tables, &mut taken).and_then(|mut fork| {
+        let made = prepare(self, &mut taken).and_then(|mut fork| {
             change(self, &mut fork)?;
             self.write_fork(&mut fork)?;
             Ok(fork)
@@ -77,14 +123,142 @@ impl<D: BlockWrite> Writer<D> {
             Ok(fork) => {
                 let switched = self.switch();
                 self.failed = switched.is_err();
-                switched?;
-                Ok(self.clear_up(fork)?)
+                let (blocks, table_offset) = switched?;
+                Ok(Done { fork, before, blocks, table_offset })
             }
             Err(error) => {
                 self.failed = self.go_back(before, &taken).is_err();
                 Err(error)
             }
         }
+    }
+
+    /// Brings back what was moved, and gives the space of what the image left back. `also` writes what goes into `home.pieces`.
+    pub(crate) fn settle_down(
+        &mut self,
+        mut done: Done,
+        home: &Home,
+        also: impl FnOnce(&mut Self, &mut Fork, &[u64]) -> Result<()>,
+    ) -> Result<()> {
+        let cluster_size = self.header.geometry.cluster_size();
+        let tables = done.fork.moved.len() as u64 + self.alloc.moved_from(&done.blocks).count() as u64;
+        let back = match tables.saturating_mul(cluster_size) {
+            0..=MAX_BACK => self.bring_back(&done, home, also),
+            _ => Err(Error::new(ErrorKind::Unsupported).into()),
+        };
+        match back {
+            Ok(back) => {
+                done.fork.left.extend(back.fork.left);
+                // Refcount blocks may have been added, and a longer table of them.
+                let end = self.counts_end().max(done.before.end).max(home.end);
+                self.main.set_end(end)?;
+            }
+            // What was to go there has its place elsewhere, and all is well.
+            Err(_) if !self.failed => {
+                for &piece in &home.pieces {
+                    self.alloc.free(&mut self.main, piece)?;
+                }
+                self.sync()?;
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(self.clear_up(done.fork)?)
+    }
+
+    fn bring_back(
+        &mut self,
+        done: &Done,
+        home: &Home,
+        also: impl FnOnce(&mut Self, &mut Fork, &[u64]) -> Result<()>,
+    ) -> Result<Done> {
+        let geometry = self.header.geometry;
+        let bits = geometry.cluster_bits();
+        let Before { header, l1, .. } = &done.before;
+        let l1_len = self.l1.len() as u64 * 8;
+        let l1_home = home.l1.unwrap_or(header.l1_offset.0);
+        let moves_l1 = self.header.l1_offset.0 != l1_home;
+        if moves_l1 && home.l1.is_none() && geometry.clusters(l1.len() as u64 * 8) < geometry.clusters(l1_len) {
+            return Err(Error::new(ErrorKind::NoSpace).into());
+        }
+        let prepare = |this: &mut Self, taken: &mut Vec<Span>| -> Result<Fork> {
+            let mut take = |this: &mut Self, at: u64, count: u64| -> Result<bool> {
+                let first = at >> bits;
+                if !this.alloc.is_free(&mut this.main, first, count)? {
+                    return Ok(false);
+                }
+                let got = this.alloc.allocate_at(&mut this.main, first, count)?;
+                add_run(taken, Span { first, count: got })?;
+                Ok(got == count)
+            };
+            let blocks: Vec<(u64, u64)> = this.alloc.moved_from(&done.blocks).collect();
+            let mut all = take(this, done.table_offset, this.alloc.table_clusters().into())?;
+            if moves_l1 && home.l1.is_none() {
+                all &= take(this, l1_home, geometry.clusters(l1_len))?;
+            }
+            for &(_, at) in &blocks {
+                all &= take(this, at, 1)?;
+            }
+            if !all {
+                return Err(Error::new(ErrorKind::NoSpace).into());
+            }
+            let mut fork = Fork::default();
+            for &(old, new) in &done.fork.moved {
+                // Where another state uses one, it stays for that.
+                if take(this, old, 1)? {
+                    fork.moved.push((new, old));
+                }
+            }
+            let places = blocks.iter().rev().map(|(_, at)| at >> bits).collect();
+            this.alloc.fork(&mut this.main, done.table_offset, places, &[])?;
+            for (index, _) in blocks {
+                this.alloc.move_block(&mut this.main, index)?;
+            }
+            Ok(fork)
+        };
+        self.go_over(prepare, |this, fork| {
+            let homes: BTreeMap<u64, u64> = take(&mut fork.moved).into_iter().collect();
+            for (&from, &to) in &homes {
+                this.carry_table(fork, from, to)?;
+            }
+            if !moves_l1 {
+                return if homes.is_empty() {
+                    also(this, fork, &this.l1.clone())
+                } else {
+                    Err(Error::new(ErrorKind::NoSpace).into())
+                };
+            }
+            let mut l1 = this.l1.clone();
+            for entry in &mut l1 {
+                let L1Entry { table, copied } = L1Entry::decode(*entry);
+                if let Some(home) = table.and_then(|at| homes.get(&at.0)) {
+                    *entry = L1Entry { table: Some(HostOffset(*home)), copied }.encode();
+                }
+            }
+            also(this, fork, &l1)?;
+            this.place_l1(fork, l1_home, l1)
+        })
+    }
+
+    /// Moves an L2 table with its count.
+    fn carry_table(&mut self, fork: &mut Fork, from: u64, to: u64) -> blockio::Result<()> {
+        let cluster_size = self.header.geometry.cluster_size();
+        let cluster = |at: u64| at >> self.header.geometry.cluster_bits();
+        let (old, new) = (cluster(from), cluster(to));
+        let mut bytes = zeroed(cluster_size as usize)?;
+        self.with_table(from, |table| bytes.copy_from_slice(table))?;
+        let count = self.alloc.count(&mut self.main, old)?;
+        // The new place has one count from when it was taken.
+        for _ in 1..count {
+            self.alloc.raise(&mut self.main, new)?;
+        }
+        for _ in 0..count {
+            self.leave(fork, from, cluster_size)?;
+        }
+        self.make_room(to)?;
+        self.l2.create(to)?.change(0..bytes.len()).copy_from_slice(&bytes);
+        self.forget_side(to);
+        self.main.extend(to + cluster_size);
+        Ok(())
     }
 
     fn fork(&mut self, pieces: &[u64], tables: usize, taken: &mut Vec<Span>) -> Result<Fork> {
@@ -147,7 +321,7 @@ impl<D: BlockWrite> Writer<D> {
 
     /// Where piece `index` lies, bytes.
     pub(crate) fn piece(&self, fork: &Fork, index: usize) -> u64 {
-        fork.pieces.get(index).map_or(0, |span| span.first << self.header.geometry.cluster_bits())
+        fork.piece(index).first << self.header.geometry.cluster_bits()
     }
 
     /// The new state does without these bytes.
@@ -201,14 +375,14 @@ impl<D: BlockWrite> Writer<D> {
         self.main.flush()
     }
 
-    fn switch(&mut self) -> blockio::Result<()> {
+    /// Returns the refcount table of the state before, and its place.
+    fn switch(&mut self) -> blockio::Result<(Vec<u64>, u64)> {
         self.header.refcount_table_offset = HostOffset(self.alloc.table_offset());
         self.header.refcount_table_clusters = self.alloc.table_clusters();
         let fields = self.header.emit();
         self.main.write(SIZE_FIELD, fields.get(SIZE_FIELD as usize..TABLE_FIELDS_END).unwrap_or_default())?;
         self.main.flush()?;
-        self.alloc.end_fork();
-        Ok(())
+        Ok(self.alloc.end_fork())
     }
 
     /// Gives space back.
@@ -224,8 +398,8 @@ impl<D: BlockWrite> Writer<D> {
                 Ok(())
             })?;
         }
-        fork.left.iter().for_each(|span| self.main.discard(span.first << bits, span.count << bits));
-        Ok(())
+        let end = self.main.end();
+        self.give_space_back(&fork.left, end)
     }
 
     /// Forgets the new state, and what was taken for it.
@@ -244,11 +418,16 @@ impl<D: BlockWrite> Writer<D> {
         }
         self.alloc.write_blocks(&mut self.main)?;
         // Refcount blocks may have been added, and a longer table of them.
-        let blocks = self.alloc.block_offsets().map(|at| at + geometry.cluster_size());
-        let table_end = self.alloc.table_offset() + (u64::from(self.alloc.table_clusters()) << geometry.cluster_bits());
-        let end = blocks.fold(table_end, u64::max);
+        let end = self.counts_end();
         self.main.set_end(before.end.max(end))?;
         self.main.flush()
+    }
+
+    /// Where the last of refcount table and blocks ends.
+    fn counts_end(&self) -> u64 {
+        let geometry = self.header.geometry;
+        let table_end = self.alloc.table_offset() + (u64::from(self.alloc.table_clusters()) << geometry.cluster_bits());
+        self.alloc.block_offsets().map(|at| at + geometry.cluster_size()).fold(table_end, u64::max)
     }
 }
 

@@ -2,17 +2,19 @@
 //! one step.
 
 use alloc::string::ToString;
+use alloc::vec;
 use alloc::vec::Vec;
 
 use instar_blockio::{self as blockio, BlockWrite, ErrorKind};
 
 use crate::addr::HostOffset;
 use crate::error::{Error, Result, Table};
-use crate::fork::{Fork, tables_in};
+use crate::fork::{Fork, Home, tables_in};
 use crate::format::{MAX_L1_BYTES, MAX_SNAPSHOTS};
 use crate::header::check_table;
 use crate::pages::Pages;
 use crate::snapshot::{self, Snapshot, SnapshotSelector, Stored};
+use crate::store::zeroed;
 use crate::tree::Flags;
 use crate::write::Writer;
 
@@ -54,17 +56,25 @@ impl<D: BlockWrite> Writer<D> {
         all.push(Stored { snapshot, extra_len: 0, unknown: Vec::new() });
         let l1_len = self.l1.len() as u64 * 8;
         let table_len = snapshot::emit(&all)?.len() as u64;
-        self.in_one_step(&[l1_len, table_len, l1_len], tables_in(&self.l1), |this, fork| {
+        // The snapshot's L1 table and the snapshot table have their places first, and others for as long as L2 tables are elsewhere.
+        let mut home = Home::default();
+        let pieces = [l1_len, table_len, l1_len, table_len, l1_len];
+        let done = self.in_one_step(&pieces, tables_in(&self.l1), |this, fork| {
+            home.pieces = vec![fork.piece(0), fork.piece(1)];
+            home.end = (this.piece(fork, 0) + l1_len).max(this.piece(fork, 1) + table_len);
             let mut l1 = this.l1.clone();
             let changed = this.set_flags(fork, &mut l1, Flags::Clear)?;
             this.raise_tree(&l1).map_err(overflow)?;
-            let own = this.piece(fork, 0);
-            if let Some(Stored { snapshot, .. }) = all.last_mut() {
-                snapshot.l1_offset = HostOffset(own);
-            }
-            this.write_table_at(own, &l1)?;
-            this.place_snapshots(fork, this.piece(fork, 1), &all, old_len)?;
-            this.place_l1(fork, this.piece(fork, 2), l1, changed)
+            this.place_snapshot(fork, [2, 3], &mut all, &l1, old_len)?;
+            let at = this.piece(fork, 4);
+            if changed { this.place_l1(fork, at, l1) } else { Ok(this.leave(fork, at, l1_len)?) }
+        })?;
+        let bits = self.header.geometry.cluster_bits();
+        let [own, table] = [home.pieces[0], home.pieces[1]].map(|span| span.first << bits);
+        self.settle_down(done, &home, |this, fork, l1| {
+            let temporary = all.last().map_or(0, |stored| stored.snapshot.l1_offset.0);
+            this.leave(fork, temporary, l1_len)?;
+            this.place_snapshot_at(fork, [own, table], &mut all, l1, table_len)
         })
     }
 
@@ -81,16 +91,25 @@ impl<D: BlockWrite> Writer<D> {
         }
         let mut l1 = self.read_table(l1_offset, l1_entries)?;
         let entries = (needed as usize).max(l1.len()).max(self.l1.len());
-        self.in_one_step(&[entries as u64 * 8], tables_in(&l1), |this, fork| {
+        let len = entries as u64 * 8;
+        // A longer table has a place of its own.
+        let grows = entries > self.l1.len();
+        let mut home = Home::default();
+        let done = self.in_one_step(&[if grows { len } else { 0 }, len], tables_in(&l1), |this, fork| {
+            if grows {
+                let at = this.piece(fork, 0);
+                home = Home { pieces: vec![fork.piece(0)], l1: Some(at), end: at + len };
+            }
             this.raise_tree(&l1).map_err(overflow)?;
             this.leave_tree(fork, this.l1.clone())?;
             this.set_flags(fork, &mut l1, Flags::ByCount)?;
             l1.try_reserve(entries - l1.len()).map_err(|_| Error::OutOfMemory)?;
             l1.resize(entries, 0);
             this.header.virtual_size = virtual_size;
-            let changed = l1 != this.l1;
-            this.place_l1(fork, this.piece(fork, 0), l1, changed)
-        })
+            let at = this.piece(fork, 1);
+            if l1 == this.l1 { Ok(this.leave(fork, at, len)?) } else { this.place_l1(fork, at, l1) }
+        })?;
+        self.settle_down(done, &home, |_, _, _| Ok(()))
     }
 
     /// Forgets a snapshot, and frees what it alone uses.
@@ -104,14 +123,19 @@ impl<D: BlockWrite> Writer<D> {
         let Snapshot { l1_offset, l1_entries, .. } = all.remove(index).snapshot;
         let theirs = self.read_table(l1_offset, l1_entries)?;
         let table_len = snapshot::emit(&all)?.len() as u64;
-        self.in_one_step(&[table_len, self.l1.len() as u64 * 8], tables_in(&self.l1), |this, fork| {
+        let l1_len = self.l1.len() as u64 * 8;
+        let mut home = Home::default();
+        let done = self.in_one_step(&[table_len, l1_len], tables_in(&self.l1), |this, fork| {
+            home.end = this.piece(fork, 0) + table_len;
             this.leave_tree(fork, theirs)?;
             this.leave(fork, l1_offset.0, u64::from(l1_entries) * 8)?;
             this.place_snapshots(fork, this.piece(fork, 0), &all, old_len)?;
             let mut l1 = this.l1.clone();
             let changed = this.set_flags(fork, &mut l1, Flags::ByCount)?;
-            this.place_l1(fork, this.piece(fork, 1), l1, changed)
-        })
+            let at = this.piece(fork, 1);
+            if changed { this.place_l1(fork, at, l1) } else { Ok(this.leave(fork, at, l1_len)?) }
+        })?;
+        self.settle_down(done, &home, |_, _, _| Ok(()))
     }
 
     /// The snapshot table and its length in bytes.
@@ -134,10 +158,43 @@ impl<D: BlockWrite> Writer<D> {
     /// Writes the snapshot table anew; the old one has `old_len` bytes.
     pub(crate) fn replace_snapshots(&mut self, all: &[Stored], old_len: u64) -> Result<()> {
         let len = snapshot::emit(all)?.len() as u64;
-        self.in_one_step(&[len], 0, |this, fork| this.place_snapshots(fork, this.piece(fork, 0), all, old_len))
+        let mut home = Home::default();
+        let done = self.in_one_step(&[len], 0, |this, fork| {
+            home.end = this.piece(fork, 0) + len;
+            this.place_snapshots(fork, this.piece(fork, 0), all, old_len)
+        })?;
+        self.settle_down(done, &home, |_, _, _| Ok(()))
     }
 
-    /// Writes the snapshot table to `at`.
+    /// Writes the L1 table of the last snapshot, which is `l1`, and the table of `all` to pieces of the fork.
+    fn place_snapshot(
+        &mut self,
+        fork: &mut Fork,
+        [own, table]: [usize; 2],
+        all: &mut [Stored],
+        l1: &[u64],
+        old_len: u64,
+    ) -> Result<()> {
+        let places = [self.piece(fork, own), self.piece(fork, table)];
+        self.place_snapshot_at(fork, places, all, l1, old_len)
+    }
+
+    fn place_snapshot_at(
+        &mut self,
+        fork: &mut Fork,
+        [own, table]: [u64; 2],
+        all: &mut [Stored],
+        l1: &[u64],
+        old_len: u64,
+    ) -> Result<()> {
+        self.write_table_at(own, l1)?;
+        if let Some(Stored { snapshot, .. }) = all.last_mut() {
+            snapshot.l1_offset = HostOffset(own);
+        }
+        self.place_snapshots(fork, table, all, old_len)
+    }
+
+    /// Writes the snapshot table to `at`; the old one has `old_len` bytes.
     fn place_snapshots(&mut self, fork: &mut Fork, at: u64, all: &[Stored], old_len: u64) -> Result<()> {
         self.main.write(at, &snapshot::emit(all)?)?;
         self.leave(fork, self.header.snapshots_offset.0, old_len)?;
@@ -145,12 +202,8 @@ impl<D: BlockWrite> Writer<D> {
         Ok(())
     }
 
-    /// Makes `l1` the active L1 table: at `at`, if it has changed.
-    fn place_l1(&mut self, fork: &mut Fork, at: u64, l1: Vec<u64>, changed: bool) -> Result<()> {
-        let len = l1.len() as u64 * 8;
-        if !changed {
-            return Ok(self.leave(fork, at, len)?);
-        }
+    /// Makes `l1` the active L1 table, at `at`.
+    pub(crate) fn place_l1(&mut self, fork: &mut Fork, at: u64, l1: Vec<u64>) -> Result<()> {
         self.write_table_at(at, &l1)?;
         self.leave(fork, self.header.l1_offset.0, self.l1.len() as u64 * 8)?;
         self.header.l1_entries = u32::try_from(l1.len()).map_err(|_| Error::ImageTooBig(self.header.virtual_size))?;
@@ -160,7 +213,7 @@ impl<D: BlockWrite> Writer<D> {
     }
 
     fn write_table_at(&mut self, at: u64, table: &[u64]) -> blockio::Result<()> {
-        let mut bytes = crate::store::zeroed(table.len() * 8)?;
+        let mut bytes = zeroed(table.len() * 8)?;
         for (to, from) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(table) {
             *to = from.to_be_bytes();
         }

@@ -137,7 +137,7 @@ impl<D: BlockWrite> Writer<D> {
     /// Copies an L2 table to a place of the fork, and leaves the old one. Returns the place.
     fn move_table(&mut self, fork: &mut Fork, old: u64) -> blockio::Result<u64> {
         let cluster_size = self.header.geometry.cluster_size();
-        let new = fork.next_table()? * cluster_size;
+        let new = fork.move_to(old, cluster_size)?;
         let mut bytes = zeroed(cluster_size as usize)?;
         self.with_table(old, |table| bytes.copy_from_slice(table))?;
         self.leave(fork, old, cluster_size)?;

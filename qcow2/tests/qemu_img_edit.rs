@@ -76,13 +76,10 @@ fn compare(dir: &Path, what: &str) -> bool {
         };
         assert!(select("a") == select("b"), "{what}: contents of snapshot");
     }
-    // Where an image ends depends on the places of new tables.
-    let checked = |file: &str| {
-        let checked = run(dir, "qemu-img", &["check", "-f", "qcow2", file]);
-        let text = String::from_utf8_lossy(&checked.stdout).into_owned() + &String::from_utf8_lossy(&checked.stderr);
-        text.lines().filter(|line| !line.starts_with("Image end offset:")).collect::<Vec<_>>().join("\n")
-    };
-    let (text, expected) = (checked("a"), checked("b"));
+    let checked = run(dir, "qemu-img", &["check", "-f", "qcow2", "a"]);
+    let text = String::from_utf8_lossy(&checked.stdout).into_owned() + &String::from_utf8_lossy(&checked.stderr);
+    let theirs = run(dir, "qemu-img", &["check", "-f", "qcow2", "b"]);
+    let expected = String::from_utf8_lossy(&theirs.stdout).into_owned() + &String::from_utf8_lossy(&theirs.stderr);
     if expected.contains("leaked") {
         // A snapshot that qemu-img gave up half-way, as some count could not rise.
         assert!(text.starts_with("No errors"), "{what}: {text}");

@@ -54,7 +54,7 @@ impl Allocator {
     }
 
     /// Gives block `index` a place of its own before it changes.
-    pub(super) fn move_block<D: BlockWrite>(&mut self, store: &mut Store<D>, index: u64) -> Result<()> {
+    pub(crate) fn move_block<D: BlockWrite>(&mut self, store: &mut Store<D>, index: u64) -> Result<()> {
         let Some(fork) = &mut self.fork else { return Ok(()) };
         let Ok(index) = usize::try_from(index) else { return Ok(()) };
         let old = match (self.table.get(index), fork.table.get(index)) {
@@ -93,10 +93,16 @@ impl Allocator {
         Ok(free)
     }
 
-    /// The image has gone over to the new counts.
-    pub(crate) fn end_fork(&mut self) {
-        self.fork = None;
+    /// The image has gone over to the new counts. Returns the table that it had, and where that lies.
+    pub(crate) fn end_fork(&mut self) -> (Vec<u64>, u64) {
         self.state = State::Live;
+        self.fork.take().map(|fork| (fork.table, fork.table_offset)).unwrap_or_default()
+    }
+
+    /// The blocks that lie elsewhere than in `table`: their numbers, and where they lie there.
+    pub(crate) fn moved_from<'a>(&'a self, table: &'a [u64]) -> impl Iterator<Item = (u64, u64)> + 'a {
+        let both = self.table.iter().zip(table).zip(0..);
+        both.filter(|((now, then), _)| now != then && **then != 0).map(|((_, then), index)| (index, *then))
     }
 
     /// Goes back to the counts of the image.
