@@ -5,9 +5,8 @@ mod support;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Output;
 
-use support::{can_run, expect_success, instar, listing, qemu_img, qemu_io};
+use support::{all_files, can_run, expect_success, instar, qemu_img, qemu_io, said, twins};
 
 const TOP: &str = "driver=qcow2,file.filename=top.qcow2";
 const ALONE: &str = "driver=qcow2,file.filename=alone.qcow2";
@@ -15,15 +14,6 @@ const ALONE: &str = "driver=qcow2,file.filename=alone.qcow2";
 const OTHER: &str = "backing.driver=qcow2,backing.file.filename=other.qcow2";
 /// The image without the one below.
 const BARE: &str = r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"top.qcow2"},"backing":null}"#;
-
-fn said(output: &Output) -> (Option<i32>, String, String) {
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    // How long it took is nobody's business.
-    let timeless =
-        |line: &str| if line.starts_with("Run completed in") { "Run completed".to_owned() } else { line.to_owned() };
-    let stdout: Vec<String> = text(&output.stdout).lines().map(timeless).collect();
-    (output.status.code(), stdout.join("\n"), text(&output.stderr).replace("instar:", "qemu-img:"))
-}
 
 fn create(dir: &Path, args: &str) {
     let args: Vec<&str> = ["create", "-q"].into_iter().chain(args.split(' ')).collect();
@@ -75,27 +65,11 @@ fn files(dir: &Path) {
     fs::write(dir.join("inside.img"), [vec![0xee; 1 << 20], inner].concat()).unwrap();
 }
 
-fn all_files(dir: &Path) -> Vec<PathBuf> {
-    [listing(dir), listing(&dir.join("sub"))].concat().into_iter().filter(|path| path.is_file()).collect()
-}
-
 /// The files to begin with.
 fn template() -> tempfile::TempDir {
     let template = tempfile::tempdir().unwrap();
     files(template.path());
     template
-}
-
-/// The same files twice, without holes: what they take is told.
-fn twins(template: &Path) -> [tempfile::TempDir; 2] {
-    let twins = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
-    for twin in &twins {
-        fs::create_dir(twin.path().join("sub")).unwrap();
-        for path in all_files(template) {
-            fs::write(twin.path().join(path.strip_prefix(template).unwrap()), fs::read(&path).unwrap()).unwrap();
-        }
-    }
-    twins
 }
 
 /// A line with the placeholders filled in.

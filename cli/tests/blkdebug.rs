@@ -4,9 +4,8 @@ mod support;
 
 use std::fs;
 use std::path::Path;
-use std::process::Output;
 
-use support::{Random, can_run, expect_success, instar, qemu_img, qemu_io};
+use support::{Random, can_run, expect_success, instar, qemu_img, qemu_io, said, twins};
 
 const MIB: usize = 1 << 20;
 /// Files of rules, by name.
@@ -28,11 +27,6 @@ const CONFIGS: &[(&str, &str)] = &[
     ("number", "[inject-error]\nevent = \"none\"\nerrno = \"x\"\n"),
 ];
 
-fn said(output: &Output) -> (Option<i32>, String, String) {
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    (output.status.code(), text(&output.stdout), text(&output.stderr).replace("instar:", "qemu-img:"))
-}
-
 /// A raw disk, twice, a qcow2 image, twice, and rules.
 fn files(dir: &Path) {
     let disk = [Random(5).disk(3 * MIB), vec![0; MIB]].concat();
@@ -50,14 +44,7 @@ fn compare(lines: &[&str]) {
     let template = tempfile::tempdir().unwrap();
     files(template.path());
     for line in lines {
-        let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        for entry in fs::read_dir(template.path()).unwrap() {
-            let entry = entry.unwrap();
-            for dir in [&ours, &theirs] {
-                // Without holes: what they take is told.
-                fs::write(dir.path().join(entry.file_name()), fs::read(entry.path()).unwrap()).unwrap();
-            }
-        }
+        let [ours, theirs] = twins(template.path());
         let args: Vec<&str> = line.split(' ').collect();
         let (us, them) = (instar(ours.path(), &args), qemu_img(theirs.path(), &args));
         assert_eq!(said(&us), said(&them), "{line}");

@@ -5,18 +5,13 @@ mod support;
 
 use std::fs;
 use std::path::Path;
-use std::process::Output;
 
-use support::{Random, can_run, expect_success, instar, qemu_img, qemu_io};
+use support::{Random, can_run, expect_success, instar, qemu_img, qemu_io, said, twins};
 
 const MIB: usize = 1 << 20;
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
-}
-
-fn said(output: &Output) -> (Option<i32>, String, String) {
-    (output.status.code(), text(&output.stdout), text(&output.stderr).replace("instar:", "qemu-img:"))
 }
 
 /// A file of noise, and one with a qcow2 image between two stretches of other bytes.
@@ -32,15 +27,9 @@ fn files(dir: &Path) {
 
 /// Both do the same, with the same files, and leave the same bytes.
 fn compare(lines: &[&str]) {
-    let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    files(theirs.path());
-    for entry in fs::read_dir(theirs.path()).unwrap() {
-        let path = entry.unwrap().path();
-        let bytes = fs::read(&path).unwrap();
-        // Both without holes: what they take is told.
-        fs::write(&path, &bytes).unwrap();
-        fs::write(ours.path().join(path.file_name().unwrap()), &bytes).unwrap();
-    }
+    let template = tempfile::tempdir().unwrap();
+    files(template.path());
+    let [ours, theirs] = twins(template.path());
     for line in lines {
         let args: Vec<&str> = line.split(' ').collect();
         let (us, them) = (instar(ours.path(), &args), qemu_img(theirs.path(), &args));

@@ -132,3 +132,31 @@ pub fn listing(dir: &Path) -> Vec<PathBuf> {
     names.sort();
     names
 }
+
+/// What a command said, under qemu-img's name: exit status, standard output and standard error. How long it took is nobody's business.
+pub fn said(output: &Output) -> (Option<i32>, String, String) {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let timeless =
+        |line: &str| if line.starts_with("Run completed in") { "Run completed".to_owned() } else { line.to_owned() };
+    let stdout: Vec<String> = text(&output.stdout).lines().map(timeless).collect();
+    (output.status.code(), stdout.join("\n"), text(&output.stderr).replace("instar:", "qemu-img:"))
+}
+
+/// All files of a directory and its subdirectories.
+pub fn all_files(dir: &Path) -> Vec<PathBuf> {
+    let (dirs, files): (Vec<PathBuf>, Vec<PathBuf>) = listing(dir).into_iter().partition(|path| path.is_dir());
+    files.into_iter().chain(dirs.iter().flat_map(|dir| all_files(dir))).collect()
+}
+
+/// The same files twice, without holes: what they take is told.
+pub fn twins(template: &Path) -> [tempfile::TempDir; 2] {
+    let twins = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    for twin in &twins {
+        for path in all_files(template) {
+            let to = twin.path().join(path.strip_prefix(template).unwrap());
+            fs::create_dir_all(to.parent().unwrap()).unwrap();
+            fs::write(to, fs::read(&path).unwrap()).unwrap();
+        }
+    }
+    twins
+}
