@@ -24,7 +24,10 @@ pub fn bench_smoke(_args: &[String]) -> Result {
 
 /// The fuzz targets, by the seeded runner that needs no nightly compiler.
 pub fn fuzz(args: &[String]) -> Result {
-    run(cargo().args(["run", "--quiet", "--release", "--manifest-path", "fuzz/Cargo.toml", "--"]).args(args))
+    let mut command = cargo();
+    // The C library gives memory back to the kernel and takes it again for each input otherwise: four fifths of the time of some targets.
+    command.envs([("MALLOC_TRIM_THRESHOLD_", "2000000000"), ("MALLOC_MMAP_THRESHOLD_", "1000000000")]);
+    run(command.args(["run", "--quiet", "--release", "--manifest-path", "fuzz/Cargo.toml", "--"]).args(args))
 }
 
 /// Each writable format and subformat into each.
