@@ -246,8 +246,11 @@ impl<D: BlockWrite> Writer<D> {
         let (old, new) = (cluster(from), cluster(to));
         let mut bytes = zeroed(cluster_size as usize)?;
         self.with_table(from, |table| bytes.copy_from_slice(table))?;
+        // The active state's, and perhaps a new snapshot's. The new place has one count from when it was taken.
         let count = self.alloc.count(&mut self.main, old)?;
-        // The new place has one count from when it was taken.
+        if count > 2 {
+            return Err(Error::new(ErrorKind::Corrupt).at(from));
+        }
         for _ in 1..count {
             self.alloc.raise(&mut self.main, new)?;
         }

@@ -10,7 +10,7 @@ use instar_blockio::{self as blockio, BlockWrite, ErrorKind};
 use crate::addr::HostOffset;
 use crate::error::{Error, Result, Table};
 use crate::fork::{Fork, Home, tables_in};
-use crate::format::{MAX_L1_BYTES, MAX_SNAPSHOTS};
+use crate::format::{COPIED, MAX_L1_BYTES, MAX_SNAPSHOTS};
 use crate::header::check_table;
 use crate::pages::Pages;
 use crate::snapshot::{self, Snapshot, SnapshotSelector, Stored};
@@ -89,7 +89,13 @@ impl<D: BlockWrite> Writer<D> {
         if needed > MAX_L1_BYTES / 8 || virtual_size > i64::MAX as u64 {
             return Err(Error::ImageTooBig(virtual_size));
         }
-        let mut l1 = self.read_table(l1_offset, l1_entries)?;
+        let stored = self.read_table(l1_offset, l1_entries)?;
+        let mut l1: Vec<u64> = stored.iter().map(|entry| entry & !COPIED).collect();
+        if l1 != stored {
+            // Flags of a snapshot mean nothing; QEMU clears them here.
+            self.check_place(self.alloc.touched(l1_offset.0, u64::from(l1_entries) * 8))?;
+            self.write_table_at(l1_offset.0, &l1)?;
+        }
         let entries = (needed as usize).max(l1.len()).max(self.l1.len());
         let len = entries as u64 * 8;
         // A longer table has a place of its own.
