@@ -335,8 +335,8 @@ fn what_does_not_fit_is_told_as_by_qemu_img() {
 #[test]
 fn images_are_changed_over_another_backing_image() {
     compare_each(&[
-        &["commit --image-opts {TOP},{OTHER}", "map top.qcow2", "map other.qcow2"],
-        &["commit --image-opts {ALONE},{OTHER}", "map --output=json alone.qcow2", "map other.qcow2"],
+        &["commit --image-opts {TOP},{OTHER}", "map top.qcow2"],
+        &["commit --image-opts {ALONE},{OTHER}", "map --output=json alone.qcow2"],
         &["commit -d --image-opts {ALONE},{OTHER}", "map --output=json alone.qcow2"],
         &["commit --image-opts {TOP},{OTHER},backing.backing=", "map top.qcow2"],
         &["commit --image-opts {TOP},{OTHER},backing.read-only=on"],
@@ -347,14 +347,12 @@ fn images_are_changed_over_another_backing_image() {
         &["commit -b mid.qcow2 --image-opts {TOP},backing.driver=qcow2", "map top.qcow2"],
         &[
             "commit -b other.qcow2 --image-opts {TOP},backing.driver=qcow2,backing.file.filename=mid.qcow2,backing.backing.driver=qcow2,backing.backing.file.filename=other.qcow2",
-            "map other.qcow2",
         ],
         &["commit --image-opts {TOP},backing=", "commit {BARE}", "commit -b mid.qcow2 {BARE}"],
         &["commit --image-opts {TOP},backing.driver=qcow2,backing.file.filename=top.qcow2"],
         &[
             "create -q -f qcow2 -o data_file=d.raw data.qcow2 1M",
             "commit --image-opts {TOP},backing.driver=qcow2,backing.file.filename=data.qcow2,backing.data-file.driver=file,backing.data-file.filename=d.raw",
-            "map data.qcow2",
         ],
         &[
             "commit --image-opts {ALONE},backing.driver=qcow2,backing.file.driver=raw,backing.file.offset=1M,backing.file.file.filename=inside.img",

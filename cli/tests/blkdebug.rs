@@ -155,7 +155,6 @@ fn requests_fail_as_with_qemu_img() {
         "bench -f raw -c 4 blkdebug:read:r",
         "convert -n -O raw r blkdebug:write:w",
         "convert -n --image-opts --target-image-opts driver=raw,file.filename=r @Wwrite",
-        "convert -n --image-opts --target-image-opts driver=raw,file.filename=r @Wwrite-zeroes",
         "convert -n --image-opts --target-image-opts driver=raw,file.filename=r @Wflush",
         "convert -n --image-opts --target-image-opts driver=raw,file.filename=r @Wdiscard",
         "bench -w -c 3 --image-opts @Wwrite",
