@@ -1,5 +1,6 @@
 //! Changing the options of an existing image: version, refcount width, feature bits, data file, size.
 
+use alloc::collections::BTreeSet;
 use alloc::vec::Vec;
 use core::fmt;
 
@@ -140,6 +141,15 @@ impl Steps<'_> {
         self.before = self.before.saturating_add(self.last);
         self.operations_done += 1;
     }
+}
+
+/// How far zero clusters are expanded.
+struct Expansion {
+    /// L1 entries, of so many.
+    visited: u64,
+    total: u64,
+    /// L2 tables without zero clusters: snapshots share them.
+    done: BTreeSet<u64>,
 }
 
 impl<D: BlockWrite> Writer<D> {
@@ -302,21 +312,25 @@ impl<D: BlockWrite> Writer<D> {
     fn expand_zero_clusters(&mut self, snapshots: &[Stored], steps: &mut Steps<'_>) -> Result<()> {
         let in_snapshots: u64 = snapshots.iter().map(|stored| u64::from(stored.snapshot.l1_entries)).sum();
         let total = in_snapshots + self.l1.len() as u64;
-        let mut visited = 0;
+        let mut progress = Expansion { visited: 0, total, done: BTreeSet::new() };
         let active = self.l1.clone();
-        self.expand_in_tables(&active, &mut visited, total, steps)?;
+        self.expand_in_tables(&active, &mut progress, steps)?;
         for Stored { snapshot, .. } in snapshots {
             let l1 = self.read_table(snapshot.l1_offset, snapshot.l1_entries)?;
-            self.expand_in_tables(&l1, &mut visited, total, steps)?;
+            self.expand_in_tables(&l1, &mut progress, steps)?;
         }
         self.sync()?;
         Ok(self.main.flush()?)
     }
 
-    fn expand_in_tables(&mut self, l1: &[u64], visited: &mut u64, total: u64, steps: &mut Steps<'_>) -> Result<()> {
+    fn expand_in_tables(&mut self, l1: &[u64], progress: &mut Expansion, steps: &mut Steps<'_>) -> Result<()> {
         let geometry = self.header.geometry;
         for (index, &entry) in l1.iter().enumerate() {
-            if let Some(table) = self.table_of(index, entry)? {
+            if let Some(table) = self.table_of(index, entry)?
+                // One behind the end of the file reads as empty.
+                && table.0 < self.main.end()
+                && progress.done.insert(table.0)
+            {
                 let start = (index as u64).saturating_mul(geometry.l2_span());
                 let cluster = table.0 >> geometry.cluster_bits();
                 let users = self.alloc.count(&mut self.main, cluster)?;
@@ -324,8 +338,8 @@ impl<D: BlockWrite> Writer<D> {
                     self.expand_cluster(table.0, start.saturating_add(slot << geometry.cluster_bits()), users)?;
                 }
             }
-            *visited += 1;
-            steps.step(*visited, total);
+            progress.visited += 1;
+            steps.step(progress.visited, progress.total);
         }
         Ok(())
     }
