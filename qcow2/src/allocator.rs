@@ -66,8 +66,6 @@ pub(crate) enum State {
     Fresh,
     /// A valid image, which every single write must leave valid.
     Live,
-    /// A valid image that no write changes: the counts are those of another state, which it may go over to.
-    Forked,
 }
 
 /// The allocator of one image file.
@@ -82,7 +80,7 @@ pub(crate) struct Allocator {
     next_byte: u64,
     /// Fresh: clusters that were used before. Live: clusters to be freed.
     freed: Vec<Span>,
-    /// Forked: what it takes to go over or back.
+    /// The counts are those of another state, which the image may go over to.
     fork: Option<fork::Fork>,
 }
 
@@ -388,7 +386,7 @@ impl Allocator {
         if in_table.is_some_and(|index| self.table[index] != 0) {
             return Ok(Step::Done);
         }
-        if self.state == State::Forked {
+        if self.is_forked() {
             // It is referred to and has no count.
             return Err(Error::new(ErrorKind::Corrupt).at(cluster.saturating_mul(self.geometry.cluster_size())));
         }
@@ -493,7 +491,7 @@ impl Allocator {
         match self.state {
             // The old table stays in the file where nothing overwrites it, and images are compared byte for byte.
             State::Fresh => self.write_table(store)?,
-            State::Live | State::Forked => self.blocks.write_dirty(store)?,
+            State::Live => self.blocks.write_dirty(store)?,
         }
         self.table = table;
         self.table_offset = offset;

@@ -25,7 +25,6 @@ use crate::error::Result;
 use crate::format::RawHeader;
 use crate::header::Header;
 use crate::l1::L1Entry;
-use crate::store::zeroed;
 use crate::write::{L2_CACHE_LEN, SIZE_FIELD, Writer};
 
 /// Runs of clusters of a tree that are remembered until their space can be given back; of more, the tree is.
@@ -244,8 +243,6 @@ impl<D: BlockWrite> Writer<D> {
         let cluster_size = self.header.geometry.cluster_size();
         let cluster = |at: u64| at >> self.header.geometry.cluster_bits();
         let (old, new) = (cluster(from), cluster(to));
-        let mut bytes = zeroed(cluster_size as usize)?;
-        self.with_table(from, |table| bytes.copy_from_slice(table))?;
         // The active state's, and perhaps a new snapshot's. The new place has one count from when it was taken.
         let count = self.alloc.count(&mut self.main, old)?;
         if count > 2 {
@@ -254,14 +251,8 @@ impl<D: BlockWrite> Writer<D> {
         for _ in 1..count {
             self.alloc.raise(&mut self.main, new)?;
         }
-        for _ in 0..count {
-            self.leave(fork, from, cluster_size)?;
-        }
-        self.make_room(to)?;
-        self.l2.create(to)?.change(0..bytes.len()).copy_from_slice(&bytes);
-        self.forget_side(to);
-        self.main.extend(to + cluster_size);
-        Ok(())
+        self.copy_table(from, to)?;
+        (0..count).try_for_each(|_| self.leave(fork, from, cluster_size))
     }
 
     fn fork(&mut self, pieces: &[u64], tables: usize, taken: &mut Vec<Span>) -> Result<Fork> {

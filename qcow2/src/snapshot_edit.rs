@@ -63,18 +63,18 @@ impl<D: BlockWrite> Writer<D> {
             home.pieces = vec![fork.piece(0), fork.piece(1)];
             home.end = (this.piece(fork, 0) + l1_len).max(this.piece(fork, 1) + table_len);
             let mut l1 = this.l1.clone();
-            let changed = this.set_flags(fork, &mut l1, Flags::Clear)?;
+            this.set_flags(fork, &mut l1, Flags::Clear)?;
             this.raise_tree(&l1).map_err(overflow)?;
-            this.place_snapshot(fork, [2, 3], &mut all, &l1, old_len)?;
-            let at = this.piece(fork, 4);
-            if changed { this.place_l1(fork, at, l1) } else { Ok(this.leave(fork, at, l1_len)?) }
+            let places = [2, 3].map(|index| this.piece(fork, index));
+            this.place_snapshot(fork, places, &mut all, &l1, old_len)?;
+            this.place_l1_if_changed(fork, this.piece(fork, 4), l1)
         })?;
         let bits = self.header.geometry.cluster_bits();
         let [own, table] = [home.pieces[0], home.pieces[1]].map(|span| span.first << bits);
         self.settle_down(done, &home, |this, fork, l1| {
             let temporary = all.last().map_or(0, |stored| stored.snapshot.l1_offset.0);
             this.leave(fork, temporary, l1_len)?;
-            this.place_snapshot_at(fork, [own, table], &mut all, l1, table_len)
+            this.place_snapshot(fork, [own, table], &mut all, l1, table_len)
         })
     }
 
@@ -112,8 +112,7 @@ impl<D: BlockWrite> Writer<D> {
             l1.try_reserve(entries - l1.len()).map_err(|_| Error::OutOfMemory)?;
             l1.resize(entries, 0);
             this.header.virtual_size = virtual_size;
-            let at = this.piece(fork, 1);
-            if l1 == this.l1 { Ok(this.leave(fork, at, len)?) } else { this.place_l1(fork, at, l1) }
+            this.place_l1_if_changed(fork, this.piece(fork, 1), l1)
         })?;
         self.settle_down(done, &home, |_, _, _| Ok(()))
     }
@@ -137,9 +136,8 @@ impl<D: BlockWrite> Writer<D> {
             this.leave(fork, l1_offset.0, u64::from(l1_entries) * 8)?;
             this.place_snapshots(fork, this.piece(fork, 0), &all, old_len)?;
             let mut l1 = this.l1.clone();
-            let changed = this.set_flags(fork, &mut l1, Flags::ByCount)?;
-            let at = this.piece(fork, 1);
-            if changed { this.place_l1(fork, at, l1) } else { Ok(this.leave(fork, at, l1_len)?) }
+            this.set_flags(fork, &mut l1, Flags::ByCount)?;
+            this.place_l1_if_changed(fork, this.piece(fork, 1), l1)
         })?;
         self.settle_down(done, &home, |_, _, _| Ok(()))
     }
@@ -172,20 +170,8 @@ impl<D: BlockWrite> Writer<D> {
         self.settle_down(done, &home, |_, _, _| Ok(()))
     }
 
-    /// Writes the L1 table of the last snapshot, which is `l1`, and the table of `all` to pieces of the fork.
+    /// Writes the L1 table of the last snapshot, which is `l1`, and the table of `all`.
     fn place_snapshot(
-        &mut self,
-        fork: &mut Fork,
-        [own, table]: [usize; 2],
-        all: &mut [Stored],
-        l1: &[u64],
-        old_len: u64,
-    ) -> Result<()> {
-        let places = [self.piece(fork, own), self.piece(fork, table)];
-        self.place_snapshot_at(fork, places, all, l1, old_len)
-    }
-
-    fn place_snapshot_at(
         &mut self,
         fork: &mut Fork,
         [own, table]: [u64; 2],
@@ -206,6 +192,11 @@ impl<D: BlockWrite> Writer<D> {
         self.leave(fork, self.header.snapshots_offset.0, old_len)?;
         (self.header.snapshot_count, self.header.snapshots_offset) = (all.len() as u32, HostOffset(at));
         Ok(())
+    }
+
+    /// Makes `l1` the active L1 table, at `at` if it differs from the one that there is.
+    fn place_l1_if_changed(&mut self, fork: &mut Fork, at: u64, l1: Vec<u64>) -> Result<()> {
+        if l1 == self.l1 { Ok(self.leave(fork, at, l1.len() as u64 * 8)?) } else { self.place_l1(fork, at, l1) }
     }
 
     /// Makes `l1` the active L1 table, at `at`.

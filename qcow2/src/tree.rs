@@ -103,12 +103,11 @@ impl<D: BlockWrite> Writer<D> {
         self.forget_side(at);
     }
 
-    /// Gives the entries of an L1 table, which is to be the active one, and of its L2 tables the copied flags that they are to have;
-    /// returns whether an L1 entry changed. L2 tables that change get other places.
-    pub(crate) fn set_flags(&mut self, fork: &mut Fork, l1: &mut [u64], how: Flags) -> blockio::Result<bool> {
+    /// Gives the entries of an L1 table, which is to be the active one, and of its L2 tables the copied flags that they are to have.
+    /// L2 tables that change get other places.
+    pub(crate) fn set_flags(&mut self, fork: &mut Fork, l1: &mut [u64], how: Flags) -> blockio::Result<()> {
         let geometry = self.header.geometry;
         let metadata = self.fixed_places();
-        let mut changed = false;
         for (index, entry) in l1.iter_mut().enumerate() {
             let Some(table) = self.table_of(index, *entry)? else { continue };
             let mut at = table.0;
@@ -127,25 +126,30 @@ impl<D: BlockWrite> Writer<D> {
                     self.flip_flag(at, guest)?;
                 }
             }
-            let moved = L1Entry { table: Some(HostOffset(at)), copied: self.wanted_flag(at, how)? }.encode();
-            changed |= moved != *entry;
-            *entry = moved;
+            *entry = L1Entry { table: Some(HostOffset(at)), copied: self.wanted_flag(at, how)? }.encode();
         }
-        Ok(changed)
+        Ok(())
     }
 
     /// Copies an L2 table to a place of the fork, and leaves the old one. Returns the place.
     fn move_table(&mut self, fork: &mut Fork, old: u64) -> blockio::Result<u64> {
         let cluster_size = self.header.geometry.cluster_size();
         let new = fork.move_to(old, cluster_size)?;
-        let mut bytes = zeroed(cluster_size as usize)?;
-        self.with_table(old, |table| bytes.copy_from_slice(table))?;
+        self.copy_table(old, new)?;
         self.leave(fork, old, cluster_size)?;
-        self.make_room(new)?;
-        self.l2.create(new)?.change(0..bytes.len()).copy_from_slice(&bytes);
-        self.forget_side(new);
-        self.main.extend(new + cluster_size);
         Ok(new)
+    }
+
+    /// Copies an L2 table to a place of its own.
+    pub(crate) fn copy_table(&mut self, from: u64, to: u64) -> blockio::Result<()> {
+        let cluster_size = self.header.geometry.cluster_size();
+        let mut bytes = zeroed(cluster_size as usize)?;
+        self.with_table(from, |table| bytes.copy_from_slice(table))?;
+        self.make_room(to)?;
+        self.l2.create(to)?.change(0..bytes.len()).copy_from_slice(&bytes);
+        self.forget_side(to);
+        self.main.extend(to + cluster_size);
+        Ok(())
     }
 
     fn wanted_flag(&mut self, host: u64, how: Flags) -> blockio::Result<bool> {

@@ -5,7 +5,7 @@ use core::mem;
 
 use instar_blockio::{BlockWrite, Error, ErrorKind, Result};
 
-use super::{Allocator, CACHE_LEN, Span, State};
+use super::{Allocator, CACHE_LEN, Span};
 use crate::cache::TableCache;
 use crate::store::Store;
 
@@ -37,7 +37,6 @@ impl Allocator {
         let first = self.table_offset >> self.geometry.cluster_bits();
         let left = (first..first + u64::from(self.table_clusters())).collect();
         self.fork = Some(Fork { table, table_offset: self.table_offset, places, left });
-        self.state = State::Forked;
         self.table_offset = table_offset;
         // The image need not hear of what was taken. If room was needed for a block meanwhile, it has some leaked clusters.
         for span in taken.iter().filter(|span| span.count > 0) {
@@ -50,7 +49,7 @@ impl Allocator {
     }
 
     pub(crate) fn is_forked(&self) -> bool {
-        self.state == State::Forked
+        self.fork.is_some()
     }
 
     /// Gives block `index` a place of its own before it changes.
@@ -95,7 +94,6 @@ impl Allocator {
 
     /// The image has gone over to the new counts. Returns the table that it had, and where that lies.
     pub(crate) fn end_fork(&mut self) -> (Vec<u64>, u64) {
-        self.state = State::Live;
         self.fork.take().map(|fork| (fork.table, fork.table_offset)).unwrap_or_default()
     }
 
@@ -110,7 +108,6 @@ impl Allocator {
         if let Some(fork) = self.fork.take() {
             (self.table, self.table_offset) = (fork.table, fork.table_offset);
             self.blocks = TableCache::new(self.geometry.cluster_size() as usize, CACHE_LEN);
-            self.state = State::Live;
             self.rewind();
         }
     }
