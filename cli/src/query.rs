@@ -64,13 +64,13 @@ pub struct Query<'a> {
 }
 
 impl Query<'_> {
-    /// Opens the images and runs the request made of them and of the disk space that the first one's file takes, in bytes.
+    /// Opens the images and runs the request made of them.
     ///
     /// # Errors
     /// See [`Unanswered`].
     pub fn ask(
         &self,
-        request: impl FnOnce(&[Source], u64) -> Operation,
+        request: impl FnOnce(&[Source]) -> Operation,
         listener: &mut dyn Listener,
     ) -> Result<reply::Result, Unanswered> {
         let Self { settings, images, force_share, writable, work } = *self;
@@ -88,8 +88,7 @@ impl Query<'_> {
             let device = device.map_err(|problem| unopened(spec, problem))?;
             sources.push(settings.readable(device, spec).map_err(|problem| unopened(spec, problem))?);
         }
-        let first = sources.first().and_then(|first| files.get(first.device));
-        let operation = request(&sources, first.map_or(0, |record| record.file.stat.allocated));
+        let operation = request(&sources);
         let mut host = QueryHost { files, access, listener };
         let result = sandbox::run(&mut machine, &Request { operation: Some(operation) }, &mut host);
         match result.map_err(Unanswered::Lost)? {

@@ -364,7 +364,9 @@ fn parts(mut message: &[u8], wanted: u64) -> impl Iterator<Item = &[u8]> {
 
 fn open_answer(granted: Option<Granted>) -> OpenAnswer {
     match granted {
-        Some(file) => OpenAnswer { granted: true, device: file.device, len: file.len, flags: file.flags.bits() },
+        Some(Granted { device, len, flags, allocated }) => {
+            OpenAnswer { granted: true, device, len, flags: flags.bits(), allocated }
+        }
         None => OpenAnswer::default(),
     }
 }
@@ -397,7 +399,7 @@ pub mod fake {
             let device = self.granted;
             self.granted += 1;
             let flags = if writable { instar_vmm::DeviceFlags::WRITABLE } else { instar_vmm::DeviceFlags::empty() };
-            Ok(Granted { device, len: 0, flags })
+            Ok(Granted { device, len: 0, flags, allocated: 0 })
         }
 
         fn grant_nbd(&mut self, socket: BorrowedFd<'_>, _: &NbdExport, writable: bool) -> Result<Granted, Problem> {

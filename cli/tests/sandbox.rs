@@ -11,7 +11,7 @@ use std::{env, io};
 
 use instar_guest_protocol::message::request::Operation;
 use instar_guest_protocol::message::{Call, InfoRequest, OpenAnswer, OpenFile, Request, Source, call, reply};
-use instar_vmm::{Error, Event, Sandbox, Settings, Stats};
+use instar_vmm::{Error, Event, Granted, Sandbox, Settings, Stats};
 use prost::Message;
 
 static SELFTEST: &[u8] = include_bytes!(env!("INSTAR_GUEST_SELFTEST"));
@@ -173,7 +173,8 @@ fn open(sandbox: &mut Sandbox, setup: &Setup<'_>, request: &OpenFile) -> Result<
     match setup.granted {
         Some((name, file)) if name == request.name => {
             let granted = sandbox.grant(file.as_fd(), false)?;
-            Ok(OpenAnswer { granted: true, device: granted.device, len: granted.len, flags: granted.flags.bits() })
+            let Granted { device, len, flags, allocated } = granted;
+            Ok(OpenAnswer { granted: true, device, len, flags: flags.bits(), allocated })
         }
         _ => Ok(OpenAnswer::default()),
     }

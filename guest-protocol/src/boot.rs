@@ -109,6 +109,8 @@ pub struct Mailbox {
 pub struct DeviceInfo {
     /// Length in bytes when it was granted.
     pub len: u64,
+    /// Bytes of disk space that the file took when it was granted; all ones if nobody knows.
+    pub allocated: u64,
     /// [`DeviceFlags`].
     pub flags: u32,
     /// Zero.
@@ -141,7 +143,7 @@ const _: () = {
     assert!(size_of::<TransportWords>() == 64);
     assert!(size_of::<Mailbox>() == 48);
     assert!(size_of::<VcpuArea>() == 112);
-    assert!(size_of::<DeviceInfo>() == 16);
+    assert!(size_of::<DeviceInfo>() == 24);
     assert!(size_of::<BootPage>() == 112 + 112 * MAX_VCPUS);
     assert!(size_of::<BootPage>() <= 4096);
 };

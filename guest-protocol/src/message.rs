@@ -356,9 +356,6 @@ pub struct MapRequest {
     /// Bytes; absent: to the end.
     #[prost(uint64, optional, tag = "3")]
     pub max_length: Option<u64>,
-    /// Bytes of disk space that the image's file takes.
-    #[prost(uint64, tag = "4")]
-    pub allocated: u64,
 }
 
 /// Runs of a disk in order.
@@ -1330,6 +1327,9 @@ pub struct OpenAnswer {
     /// [`DeviceFlags`](crate::boot::DeviceFlags).
     #[prost(uint32, tag = "4")]
     pub flags: u32,
+    /// Bytes of disk space that it takes; all ones if nobody knows.
+    #[prost(uint64, tag = "5")]
+    pub allocated: u64,
 }
 
 /// How far the work is.

@@ -248,7 +248,7 @@ fn requests_are_the_same() {
             blocks: Some(m::Blocks { size: 512, count: Some(1), skip: 2 }),
         }),
         Operation::Create(m::CreateRequest { target: target(), size: Some(512) }),
-        Operation::Map(m::MapRequest { image: source(), start: 1, max_length: Some(2), allocated: 3 }),
+        Operation::Map(m::MapRequest { image: source(), start: 1, max_length: Some(2) }),
         Operation::Compare(m::CompareRequest {
             first: source(),
             second: source(),
@@ -427,7 +427,7 @@ fn calls_and_answers_are_the_same() {
     for call in calls {
         assert_same(&pool, "Call", &m::Call { kind: Some(call) });
     }
-    assert_same(&pool, "OpenAnswer", &m::OpenAnswer { granted: true, device: 1, len: 2, flags: 3 });
+    assert_same(&pool, "OpenAnswer", &m::OpenAnswer { granted: true, device: 1, len: 2, flags: 3, allocated: 4 });
 }
 
 /// The same numbers, under the same names.

@@ -8,7 +8,8 @@ use instar_blockio::{FileId, Layer, MemBlock, Overlay};
 use instar_guest_protocol::limits::MAX_CHAIN_DEPTH;
 use instar_guest_protocol::message::{BackingChoice, Below, Cause, Failure, FileRole, Format, OpenFile, Source, Step};
 
-use crate::formats::{OpenImage, can_have_backing, open_named};
+use crate::files::FileState;
+use crate::formats::{OpenImage, WithHoles, can_have_backing, open_named};
 use crate::ops::failure::about;
 use crate::platform::Platform;
 
@@ -29,11 +30,11 @@ pub fn open_source<P: Platform>(platform: &P, source: &Source, top_only: bool) -
                 // It is not read, but the host is to know all files that the user named before it makes another one.
                 open_below(platform, source.device, &*image, &how)?;
             }
-            (alloc::vec![image.into_layer()], ends_here)
+            (alloc::vec![ChainLayer::new(platform, source.device, image)], ends_here)
         }
-        false => (open_layers(platform, source, None)?.into_iter().map(|layer| layer.disk).collect(), false),
+        false => (open_layers(platform, source)?, false),
     };
-    let mut layers: Vec<Box<dyn Layer>> = layers;
+    let mut layers: Vec<_> = layers.into_iter().map(|layer| layer.into_disk(platform)).collect();
     if ends_here {
         layers.push(nothing());
     }
@@ -58,39 +59,46 @@ pub struct ChainLayer {
     pub file: FileId,
     /// See [`OpenImage::status_unit`].
     pub status_unit: Option<u64>,
-    /// See [`has_holes_in_data`]; of the image itself only.
+    /// See [`has_holes_in_data`].
     pub holes_in_data: bool,
 }
 
+impl ChainLayer {
+    fn new<P: Platform>(platform: &P, device: u32, image: Box<dyn OpenImage<P>>) -> Self {
+        let file = FileId(device);
+        let holes_in_data = has_holes_in_data(platform, file, &*image);
+        let (format, status_unit) = (image.format(), image.status_unit());
+        Self { format, file, status_unit, holes_in_data, disk: image.into_layer() }
+    }
+
+    /// Its disk, in which holes in data are zeroes.
+    fn into_disk<P: Platform>(self, platform: &P) -> Box<dyn Layer> {
+        if self.holes_in_data { Box::new(WithHoles::new(platform, self.disk, None)) } else { self.disk }
+    }
+}
+
 /// Are the tables of a qcow2 image there and its data not, as with `preallocation=metadata`? QEMU finds that out by comparing the clusters in
-/// use with the `allocated` bytes that the file system holds, and then looks for holes in the file.
-fn has_holes_in_data<P: Platform>(image: &dyn OpenImage<P>, allocated: u64) -> bool {
+/// use with the disk space that the file takes, and then looks for holes in the file.
+fn has_holes_in_data<P: Platform>(platform: &P, file: FileId, image: &dyn OpenImage<P>) -> bool {
     let Some(image) = image.as_qcow2() else { return false };
+    let Some(allocated) = platform.files().get(file).and_then(FileState::allocated) else { return false };
     let cluster = image.header().geometry.cluster_size();
     let few = allocated.saturating_add(cluster).max((allocated / 9).saturating_mul(10)) / cluster;
     image.uses_more_clusters(few).unwrap_or(false)
 }
 
-/// Opens an image that the user named and everything below it, the top first. `allocated`: bytes that the file system holds of its file, if
-/// that is wanted and known.
+/// Opens an image that the user named and everything below it, the top first.
 ///
 /// # Errors
 /// As [`open_source`].
-pub fn open_layers<P: Platform>(
-    platform: &P,
-    source: &Source,
-    allocated: Option<u64>,
-) -> Result<Vec<ChainLayer>, Failure> {
+pub fn open_layers<P: Platform>(platform: &P, source: &Source) -> Result<Vec<ChainLayer>, Failure> {
     let how = Opening::of(source, true);
     let mut device = source.device;
     let mut image = open_top(platform, source)?;
     let mut layers = Vec::new();
     loop {
         let below = open_backing(platform, device, &*image, &how)?;
-        let (format, status_unit) = (image.format(), image.status_unit());
-        let allocated = allocated.filter(|_| layers.is_empty());
-        let holes_in_data = allocated.is_some_and(|allocated| has_holes_in_data(&*image, allocated));
-        layers.push(ChainLayer { format, file: FileId(device), status_unit, holes_in_data, disk: image.into_layer() });
+        layers.push(ChainLayer::new(platform, device, image));
         match below {
             None => return Ok(layers),
             Some(_) if layers.len() >= MAX_CHAIN_DEPTH => return Err(too_deep(device)),

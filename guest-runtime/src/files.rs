@@ -31,10 +31,12 @@ impl FileTable {
         Self { slots: [const { FileState::new() }; MAX_DEVICES] }
     }
 
-    /// Enters a file of `len` bytes; says whether there is room for its number.
-    pub fn grant(&self, file: FileId, len: u64, flags: DeviceFlags) -> bool {
+    /// Enters a file of `len` bytes that takes `allocated` bytes of disk space (all ones: nobody knows); says whether there is room for
+    /// its number.
+    pub fn grant(&self, file: FileId, len: u64, allocated: u64, flags: DeviceFlags) -> bool {
         let Some(state) = self.slots.get(file.0 as usize) else { return false };
         state.len.store(len, Ordering::Relaxed);
+        state.allocated.store(allocated, Ordering::Relaxed);
         state.flags.store(flags.bits() | GRANTED, Ordering::Release);
         true
     }
@@ -124,6 +126,7 @@ fn in_address_space(offset: u64, len: u64) -> Result<()> {
 #[derive(Debug)]
 pub struct FileState {
     len: AtomicU64,
+    allocated: AtomicU64,
     flags: AtomicU32,
     /// Raised by each change, so that an older hole map is not believed.
     generation: AtomicU32,
@@ -151,6 +154,7 @@ impl FileState {
     const fn new() -> Self {
         Self {
             len: AtomicU64::new(0),
+            allocated: AtomicU64::new(0),
             flags: AtomicU32::new(0),
             generation: AtomicU32::new(0),
             cipher: Lock::new(None),
@@ -174,6 +178,11 @@ impl FileState {
     /// Length, bytes.
     pub fn len(&self) -> u64 {
         self.len.load(Ordering::Acquire)
+    }
+
+    /// Bytes of disk space that it took when it was granted; `None` if nobody knows.
+    pub fn allocated(&self) -> Option<u64> {
+        Some(self.allocated.load(Ordering::Acquire)).filter(|&bytes| bytes != u64::MAX)
     }
 
     /// Whether it has no byte.
@@ -260,7 +269,7 @@ mod tests {
 
     fn table(len: u64, flags: DeviceFlags) -> FileTable {
         let table = FileTable::new();
-        assert!(table.grant(FileId(3), len, flags));
+        assert!(table.grant(FileId(3), len, len, flags));
         table
     }
 

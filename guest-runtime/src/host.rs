@@ -4,7 +4,7 @@ use std::boxed::Box;
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::vec::Vec;
@@ -72,10 +72,10 @@ impl Host {
     /// # Errors
     /// Its length can't be told.
     pub fn grant(&self, file: File, flags: DeviceFlags) -> io::Result<u32> {
-        let len = file.metadata()?.len();
+        let facts = file.metadata()?;
         let mut files = locked(&self.shared.files);
         let device = files.len() as u32;
-        if !self.shared.table.grant(FileId(device), len, flags) {
+        if !self.shared.table.grant(FileId(device), facts.len(), facts.blocks() * 512, flags) {
             return Err(io::Error::other("too many files"));
         }
         files.push(Arc::new(file));
@@ -237,8 +237,9 @@ impl Platform for Host {
         let flags = if request.writable { DeviceFlags::WRITABLE } else { DeviceFlags::empty() };
         let file = (locked(&self.shared.opener))(&request);
         let Some(device) = file.and_then(|file| self.grant(file, flags).ok()) else { return OpenAnswer::default() };
-        let len = self.shared.table.get(FileId(device)).map_or(0, |state| state.len());
-        OpenAnswer { granted: true, device, len, flags: flags.bits() }
+        let Some(state) = self.shared.table.get(FileId(device)) else { return OpenAnswer::default() };
+        let allocated = state.allocated().unwrap_or(u64::MAX);
+        OpenAnswer { granted: true, device, len: state.len(), flags: flags.bits(), allocated }
     }
 
     fn vcpus(&self) -> usize {

@@ -509,11 +509,7 @@ impl Allocator {
 
     /// Writes the refcount table.
     pub(crate) fn write_table<D: BlockWrite>(&self, store: &mut Store<D>) -> Result<()> {
-        let mut bytes = zeroed(self.table.len() * 8)?;
-        for (to, from) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(&self.table) {
-            *to = from.to_be_bytes();
-        }
-        store.write(self.table_offset, &bytes)
+        store.write_words(self.table_offset, &self.table)
     }
 
     /// Takes `count` neighbouring clusters and returns the first.

@@ -20,11 +20,7 @@ impl<D: BlockWrite> Writer<D> {
         self.check_counts(order)?;
         let (table, table_offset, walks) = self.place_blocks(new, steps)?;
         self.write_new_blocks(new, &table, walks, steps)?;
-        let mut bytes = zeroed(table.len() * 8)?;
-        for (to, from) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(&table) {
-            *to = from.to_be_bytes();
-        }
-        self.main.write(table_offset, &bytes)?;
+        self.main.write_words(table_offset, &table)?;
         // The old blocks count the new ones, whichever table a crash leaves.
         self.sync()?;
         self.main.flush()?;

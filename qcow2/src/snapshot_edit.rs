@@ -14,7 +14,6 @@ use crate::format::{COPIED, MAX_L1_BYTES, MAX_SNAPSHOTS};
 use crate::header::check_table;
 use crate::pages::Pages;
 use crate::snapshot::{self, Snapshot, SnapshotSelector, Stored};
-use crate::store::zeroed;
 use crate::tree::Flags;
 use crate::write::Writer;
 
@@ -58,6 +57,8 @@ impl<D: BlockWrite> Writer<D> {
         let table_len = snapshot::emit(&all)?.len() as u64;
         // The snapshot's L1 table and the snapshot table have their places first, and others for as long as L2 tables are elsewhere.
         let mut home = Home::default();
+        // QEMU copies the table with its flags, which mean nothing in a snapshot.
+        let before = self.l1.clone();
         let pieces = [l1_len, table_len, l1_len, table_len, l1_len];
         let done = self.in_one_step(&pieces, tables_in(&self.l1), |this, fork| {
             home.pieces = vec![fork.piece(0), fork.piece(1)];
@@ -66,7 +67,7 @@ impl<D: BlockWrite> Writer<D> {
             this.set_flags(fork, &mut l1, Flags::Clear)?;
             this.raise_tree(&l1).map_err(overflow)?;
             let places = [2, 3].map(|index| this.piece(fork, index));
-            this.place_snapshot(fork, places, &mut all, &l1, old_len)?;
+            this.place_snapshot(fork, places, &mut all, &flagged_as(&before, &l1), old_len)?;
             this.place_l1_if_changed(fork, this.piece(fork, 4), l1)
         })?;
         let bits = self.header.geometry.cluster_bits();
@@ -74,7 +75,7 @@ impl<D: BlockWrite> Writer<D> {
         self.settle_down(done, &home, |this, fork, l1| {
             let temporary = all.last().map_or(0, |stored| stored.snapshot.l1_offset.0);
             this.leave(fork, temporary, l1_len)?;
-            this.place_snapshot(fork, [own, table], &mut all, l1, table_len)
+            this.place_snapshot(fork, [own, table], &mut all, &flagged_as(&before, l1), table_len)
         })
     }
 
@@ -94,7 +95,7 @@ impl<D: BlockWrite> Writer<D> {
         if l1 != stored {
             // Flags of a snapshot mean nothing; QEMU clears them here.
             self.check_place(self.alloc.touched(l1_offset.0, u64::from(l1_entries) * 8))?;
-            self.write_table_at(l1_offset.0, &l1)?;
+            self.main.write_words(l1_offset.0, &l1)?;
         }
         let entries = (needed as usize).max(l1.len()).max(self.l1.len());
         let len = entries as u64 * 8;
@@ -179,7 +180,7 @@ impl<D: BlockWrite> Writer<D> {
         l1: &[u64],
         old_len: u64,
     ) -> Result<()> {
-        self.write_table_at(own, l1)?;
+        self.main.write_words(own, l1)?;
         if let Some(Stored { snapshot, .. }) = all.last_mut() {
             snapshot.l1_offset = HostOffset(own);
         }
@@ -201,21 +202,18 @@ impl<D: BlockWrite> Writer<D> {
 
     /// Makes `l1` the active L1 table, at `at`.
     pub(crate) fn place_l1(&mut self, fork: &mut Fork, at: u64, l1: Vec<u64>) -> Result<()> {
-        self.write_table_at(at, &l1)?;
+        self.main.write_words(at, &l1)?;
         self.leave(fork, self.header.l1_offset.0, self.l1.len() as u64 * 8)?;
         self.header.l1_entries = u32::try_from(l1.len()).map_err(|_| Error::ImageTooBig(self.header.virtual_size))?;
         self.header.l1_offset = HostOffset(at);
         self.l1 = l1;
         Ok(())
     }
+}
 
-    fn write_table_at(&mut self, at: u64, table: &[u64]) -> blockio::Result<()> {
-        let mut bytes = zeroed(table.len() * 8)?;
-        for (to, from) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(table) {
-            *to = from.to_be_bytes();
-        }
-        self.main.write(at, &bytes)
-    }
+/// The entries of `l1`, which have no copied flags, with the flags of `before`.
+fn flagged_as(before: &[u64], l1: &[u64]) -> Vec<u64> {
+    l1.iter().zip(before).map(|(entry, before)| entry | before & COPIED).collect()
 }
 
 /// One more than the largest id; ids that are no numbers count as 0, and what follows a number is no part of it.

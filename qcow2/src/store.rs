@@ -64,6 +64,26 @@ impl<D: BlockWrite> Store<D> {
         Ok(())
     }
 
+    /// Writes big-endian words, as tables have them.
+    pub(crate) fn write_words(&mut self, offset: u64, words: &[u64]) -> Result<()> {
+        /// Words of one request.
+        const WORDS: usize = 1 << 17;
+        let mut at = offset;
+        for part in words.chunks(WORDS) {
+            let bytes = be_bytes(part)?;
+            self.write(at, &bytes)?;
+            at = at.saturating_add(bytes.len() as u64);
+        }
+        Ok(())
+    }
+
+    /// Whether these words lie there already.
+    pub(crate) fn holds_words(&self, offset: u64, words: &[u64]) -> Result<bool> {
+        let mut there = zeroed(words.len() * 8)?;
+        self.read(offset, &mut there)?;
+        Ok(there.as_chunks::<8>().0.iter().map(|entry| u64::from_be_bytes(*entry)).eq(words.iter().copied()))
+    }
+
     /// Writes several pieces, in any order.
     pub(crate) fn write_many(&mut self, parts: &[WritePart<'_>]) -> Result<()> {
         self.file.write_many(parts)?;
@@ -120,6 +140,14 @@ impl<D: BlockWrite> Store<D> {
     pub(crate) fn file_mut(&mut self) -> &mut D {
         &mut self.file
     }
+}
+
+fn be_bytes(words: &[u64]) -> Result<Vec<u8>> {
+    let mut bytes = zeroed(words.len() * 8)?;
+    for (to, from) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(words) {
+        *to = from.to_be_bytes();
+    }
+    Ok(bytes)
 }
 
 /// A vector of zeroes, or an error where memory is short.

@@ -42,8 +42,6 @@ pub(crate) const L2_CACHE_LEN: usize = 8 << 20;
 const MAX_WAITING: usize = 1024;
 /// What a device writes as a whole, bytes; the smallest cluster has as many.
 const SECTOR: usize = 512;
-/// Entries of the L1 table that are written at once.
-const L1_ENTRIES_PER_WRITE: usize = 1 << 17;
 /// Header fields that change alone: the disk's size, the L1 table's entries and place, the autoclear bits.
 pub(crate) const SIZE_FIELD: u64 = core::mem::offset_of!(RawHeader, size) as u64;
 const L1_FIELDS: u64 = core::mem::offset_of!(RawHeader, l1_size) as u64;
@@ -429,16 +427,7 @@ impl<D: BlockWrite> Writer<D> {
     }
 
     pub(crate) fn write_l1(&mut self, entries: Range<usize>) -> blockio::Result<()> {
-        let mut at = self.header.l1_offset.0 + entries.start as u64 * 8;
-        for part in self.l1[entries].chunks(L1_ENTRIES_PER_WRITE) {
-            let mut bytes = zeroed(part.len() * 8)?;
-            for (to, from) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(part) {
-                *to = from.to_be_bytes();
-            }
-            self.main.write(at, &bytes)?;
-            at += bytes.len() as u64;
-        }
-        Ok(())
+        self.main.write_words(self.header.l1_offset.0 + entries.start as u64 * 8, &self.l1[entries])
     }
 
     // --- Order of writes

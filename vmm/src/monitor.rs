@@ -217,7 +217,7 @@ impl HostPort for Host {
 
 impl Part {
     fn of(header: &Header) -> Self {
-        Self { base: header.base, end: header.value, fixed: header.fixed != 0 }
+        Self { base: header.base, end: header.value, fixed: header.fixed != 0, allocated: header.allocated }
     }
 }
 

@@ -88,6 +88,8 @@ pub struct Granted {
     pub len: u64,
     /// Its properties.
     pub flags: DeviceFlags,
+    /// Bytes of disk space that it takes; all ones if nobody knows.
+    pub allocated: u64,
 }
 
 impl Sandbox {
@@ -147,7 +149,8 @@ impl Sandbox {
             }
             _ => return Err(Error::NotAFile),
         };
-        let header = Header { value: len, flags: flags.bits(), ..Header::new(Kind::Grant, 0) };
+        let allocated = u64::try_from(stat.st_blocks).unwrap_or(0).saturating_mul(512);
+        let header = Header { value: len, allocated, flags: flags.bits(), ..Header::new(Kind::Grant, 0) };
         self.hand_over(header, file, window, flags)
     }
 
@@ -177,7 +180,7 @@ impl Sandbox {
         let device = self.granted;
         self.granted += 1;
         flags.set(DeviceFlags::BLOCK_DEVICE, fixed || flags.contains(DeviceFlags::BLOCK_DEVICE));
-        Ok(Granted { device, len: end.saturating_sub(base), flags })
+        Ok(Granted { device, len: end.saturating_sub(base), flags, allocated: header.allocated })
     }
 
     /// Gives the guest an NBD export, as a device that can't grow: before the start, or before the answer to a message that
@@ -188,7 +191,14 @@ impl Sandbox {
         let min_block = block.ok_or(Error::Usage("an NBD export with blocks of such a size"))?;
         let flags = DeviceFlags::BLOCK_DEVICE | if writable { DeviceFlags::WRITABLE } else { DeviceFlags::empty() };
         let (value, transmission) = (export.len, export.flags);
-        let header = Header { value, flags: flags.bits(), transmission, min_block, ..Header::new(Kind::Grant, 0) };
+        let header = Header {
+            value,
+            allocated: u64::MAX,
+            flags: flags.bits(),
+            transmission,
+            min_block,
+            ..Header::new(Kind::Grant, 0)
+        };
         self.hand_over(header, socket, Window::default(), flags)
     }
 

@@ -31,6 +31,8 @@ pub struct Header {
     pub base: u64,
     /// See [`Kind`].
     pub fixed: u64,
+    /// See [`Kind`].
+    pub allocated: u64,
 }
 
 /// What a frame is.
@@ -38,7 +40,7 @@ pub struct Header {
 #[repr(u32)]
 pub enum Kind {
     /// To the monitor: a file, as ancillary data. `base` and `value`: where the part that the guest gets begins and ends, in
-    /// bytes of the file; `fixed`: not 0 if the end stays; `flags`: device flags. An NBD export: its socket; `value`: its
+    /// bytes of the file; `fixed`: not 0 if the end stays; `allocated`: disk space that the file takes; `flags`: device flags. An NBD export: its socket; `value`: its
     /// length; `transmission` and `min_block` as in [`NbdExport`](crate::NbdExport), `min_block` not 0.
     Grant = 1,
     /// To the monitor: the request. The guest starts.

@@ -118,8 +118,7 @@ fn check(settings: &Settings, arguments: &Arguments, image: &ImageSpec) -> Resul
         writable: leaks || corruptions,
         work: Work::Metadata,
     };
-    let request =
-        |sources: &[Source], _| Operation::Check(CheckRequest { image: sources[0].clone(), leaks, corruptions });
+    let request = |sources: &[Source]| Operation::Check(CheckRequest { image: sources[0].clone(), leaks, corruptions });
     match query.ask(request, &mut Told) {
         Ok(reply::Result::Check(reply)) => Ok(reply),
         Ok(_) => Err("The sandboxed parser sent something that makes no sense".into()),

@@ -132,7 +132,7 @@ fn compare(
     let query =
         Query { settings, images, force_share: arguments.force_share, writable: false, work: Work::Data(threads) };
     let answer = query.ask(
-        |sources, _| {
+        |sources| {
             let [first, second] = [sources[0].clone(), sources[1].clone()];
             Operation::Compare(CompareRequest { first, second, strict: arguments.strict, threads, progress: visible })
         },

@@ -85,10 +85,8 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
         writable: false,
         work: Work::Metadata,
     };
-    let answer = query.ask(
-        |sources, allocated| Operation::Map(MapRequest { image: sources[0].clone(), start, max_length, allocated }),
-        &mut listing,
-    );
+    let answer =
+        query.ask(|sources| Operation::Map(MapRequest { image: sources[0].clone(), start, max_length }), &mut listing);
     match answer {
         Ok(_) => listing.finish(start),
         Err(Unanswered::Failed(failure)) => {

@@ -121,7 +121,7 @@ fn ask(settings: &Settings, arguments: &Arguments, image: &ImageSpec, layout: &L
     let images = &[image];
     let query = Query { settings, images, force_share: arguments.force_share, writable: false, work: Work::Metadata };
     let answer = query.ask(
-        |sources, _| {
+        |sources| {
             let mut image = sources[0].clone();
             image.snapshot = arguments.snapshot.clone();
             Operation::Measure(MeasureRequest { image, cluster_size: layout.cluster_size })

@@ -41,7 +41,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
         call(call::Kind::Done(Reply::default())),
         tagged(1, &Request { operation: Some(request::Operation::Info(info)) }),
         tagged(1, &Request { operation: Some(request::Operation::Convert(convert)) }),
-        tagged(2, &OpenAnswer { granted: true, device: 3, len: 1 << 40, flags: 1 }),
+        tagged(2, &OpenAnswer { granted: true, device: 3, len: 1 << 40, flags: 1, allocated: 4096 }),
     ]
 }
 

@@ -37,6 +37,7 @@ use crate::detect::{Detection, HEAD_LEN, TAIL_LEN, detect};
 use crate::ops::failure::{about, block, failure};
 use crate::platform::{File, Platform};
 
+pub(crate) use self::holes::{WithHoles, run_in_file};
 pub(crate) use self::luks_keys::change_keys;
 pub(crate) use self::qcow2::open_data_file;
 pub use self::qcow2::{bitmap_info, qcow2_failure, snapshot_info};

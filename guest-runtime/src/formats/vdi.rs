@@ -25,7 +25,7 @@ pub(super) fn open<P: Platform>(
     let image = Image::open(file, id, &OpenOptions { strict }).map_err(|error| failure(Step::Open, id, error))?;
     let facts = Facts { cluster_size: Some(BLOCK_SIZE), ..Facts::default() };
     if image.header().is_static {
-        let image = WithHoles::new(platform, image, alloc::vec![id]);
+        let image = WithHoles::new(platform, image, Some(alloc::vec![id]));
         return Ok(Box::new(Legacy { image, id, format: Format::Vdi, facts, unlock: None }));
     }
     Ok(Box::new(Legacy { image, id, format: Format::Vdi, facts, unlock: None }))

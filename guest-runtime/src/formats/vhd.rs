@@ -102,7 +102,7 @@ impl<P: Platform> OpenImage<P> for Vhd<P> {
 
     fn into_layer(self: Box<Self>) -> Box<dyn Layer> {
         match self.image.disk_type() {
-            DiskType::Fixed => Box::new(WithHoles::new(&self.platform, *self.image, alloc::vec![self.id])),
+            DiskType::Fixed => Box::new(WithHoles::new(&self.platform, *self.image, Some(alloc::vec![self.id]))),
             _ => self.image,
         }
     }

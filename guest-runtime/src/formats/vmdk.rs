@@ -137,7 +137,7 @@ impl<P: Platform> OpenImage<P> for Vmdk<P> {
         let flat: Vec<FileId> = flat.collect();
         match flat.is_empty() {
             true => Box::new(self.image),
-            false => Box::new(WithHoles::new(&self.platform, self.image, flat)),
+            false => Box::new(WithHoles::new(&self.platform, self.image, Some(flat))),
         }
     }
 }

@@ -77,7 +77,7 @@ pub fn grant_devices(files: &FileTable) {
     for device in 0..count {
         // SAFETY: the monitor's table has room for MAX_DEVICES entries.
         let info = unsafe { table.add(device as usize).read_volatile() };
-        files.grant(FileId(device), info.len, DeviceFlags::from_bits_truncate(info.flags));
+        files.grant(FileId(device), info.len, info.allocated, DeviceFlags::from_bits_truncate(info.flags));
     }
 }
 

@@ -13,7 +13,7 @@ use prost::Message;
 use super::{boot, doorbell};
 use crate::files::FileTable;
 
-/// Room for an [`OpenAnswer`], which has four numbers.
+/// Room for an [`OpenAnswer`], which has a few numbers.
 const ANSWER_BYTES: usize = 256;
 
 /// Sends a message that has no answer, or an empty one. A reply that is too long is that of a crafted image, and its end
@@ -40,7 +40,8 @@ pub fn open(files: &FileTable, request: OpenFile) -> OpenAnswer {
         return OpenAnswer::default();
     }
     let flags = DeviceFlags::from_bits_truncate(answer.flags);
-    assert!(files.grant(FileId(answer.device), answer.len, flags), "device {} granted", answer.device);
+    let entered = files.grant(FileId(answer.device), answer.len, answer.allocated, flags);
+    assert!(entered, "device {} granted", answer.device);
     answer
 }
 

@@ -88,7 +88,10 @@ impl Allocator {
             self.lower(store, place)?;
         }
         self.write_blocks(store)?;
-        self.write_table(store)?;
+        // Where a table goes back to its place, it may still lie there, holes of the file included.
+        if !store.holds_words(self.table_offset, &self.table)? {
+            self.write_table(store)?;
+        }
         Ok(free)
     }
 

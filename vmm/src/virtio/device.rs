@@ -65,12 +65,14 @@ pub struct Part {
     pub end: u64,
     /// It can't grow.
     pub fixed: bool,
+    /// Bytes of disk space that the whole file takes; all ones if nobody knows.
+    pub allocated: u64,
 }
 
 impl Part {
     /// A whole file of `len` bytes.
     pub fn whole(len: u64) -> Self {
-        Self { base: 0, end: len, fixed: false }
+        Self { base: 0, end: len, fixed: false, allocated: u64::MAX }
     }
 }
 
@@ -84,6 +86,8 @@ pub struct Device {
     base: u64,
     /// The guest's part can't grow.
     fixed: bool,
+    /// See [`Part::allocated`].
+    allocated: u64,
     /// Where it ends; grows with writes.
     len: AtomicU64,
     /// Held exclusively while the length is set, shared while a write may extend the file.
@@ -133,12 +137,13 @@ impl Device {
     }
 
     fn over(backend: Backend, part: Part, flags: DeviceFlags, lacks: Lacks) -> Self {
-        let Part { base, end, fixed } = part;
+        let Part { base, end, fixed, allocated } = part;
         Self {
             backend,
             flags,
             base,
             fixed,
+            allocated,
             len: AtomicU64::new(end.max(base)),
             length_changes: RwLock::new(()),
             turns: Turns::default(),
@@ -179,7 +184,8 @@ impl Device {
         let mut flags = self.flags;
         // What can't grow is to the guest as a block device is.
         flags.set(DeviceFlags::BLOCK_DEVICE, !self.grows());
-        DeviceInfo { len: self.len().saturating_sub(self.base), flags: flags.bits(), reserved: 0 }
+        let len = self.len().saturating_sub(self.base);
+        DeviceInfo { len, allocated: self.allocated, flags: flags.bits(), reserved: 0 }
     }
 
     /// An offset of the guest's, in the file; `None`: no file reaches that far.

@@ -166,7 +166,7 @@ mod tests {
     }
 
     /// The part of the third file that the guest gets.
-    const PART: Part = Part { base: 3000, end: 7000, fixed: true };
+    const PART: Part = Part { base: 3000, end: 7000, fixed: true, allocated: 4096 };
 
     /// A file to be read, one to be written, and one of which a part may be written.
     fn files() -> (DeviceTable, File, File, File) {

@@ -104,7 +104,7 @@ struct Plan<P: Platform> {
 /// An image that can't be opened ([`Step::Open`]), tables ([`Step::Map`]) or contents ([`Step::Read`]) that can't be read:
 /// [`Failure::value2`] is then 0 for the first image and 1 for the second.
 pub fn run<P: Platform>(platform: &P, request: &CompareRequest) -> Result<CompareReply, Failure> {
-    let disks = [Disk::open(platform, &request.first, None)?, Disk::open(platform, &request.second, None)?];
+    let disks = [Disk::open(platform, &request.first)?, Disk::open(platform, &request.second)?];
     let [first_size, second_size] = [disks[0].size(), disks[1].size()];
     let mut reply = CompareReply { first_size, second_size, ..CompareReply::default() };
     if request.strict && first_size != second_size {

@@ -18,7 +18,7 @@ const RUNS: usize = 1024;
 /// An image that can't be opened, tables that can't be read. The runs before them have been sent.
 pub fn run<P: Platform>(platform: &P, request: &MapRequest) -> Result<MapReply, Failure> {
     let source = &request.image;
-    let disk = Disk::open(platform, source, Some(request.allocated))?;
+    let disk = Disk::open(platform, source)?;
     let size = disk.size();
     let end = request.max_length.map_or(size, |len| request.start.saturating_add(len).min(size));
     let mut runs = Runs { platform, pending: Vec::new(), last: None };

@@ -23,7 +23,7 @@ pub fn run<P: Platform>(platform: &P, request: &MeasureRequest) -> Result<Measur
     // QEMU counts those of Parallels among the formats with bitmaps.
     let has_bitmaps =
         image.format() == Format::Parallels || image.as_qcow2().is_some_and(|image| image.header().version >= 3);
-    let disk = Disk::open(platform, source, None)?;
+    let disk = Disk::open(platform, source)?;
     let (size, cluster) = (disk.size(), request.cluster_size.max(512));
     let (mut at, mut required) = (0u64, 0u64);
     while at < size {

@@ -6,6 +6,7 @@ use instar_blockio::{BlockMap, Error, ErrorKind, Extent, ExtentKind, FileId, Res
 use instar_guest_protocol::message::{Failure, Format, Source};
 
 use crate::chain::{ChainLayer, open_layers};
+use crate::formats::run_in_file;
 use crate::platform::Platform;
 
 /// A disk with its chain.
@@ -87,9 +88,9 @@ fn has_flat_parts(format: Format) -> bool {
 }
 
 impl<P: Platform> Disk<P> {
-    /// Opens an image with everything below it. `allocated`: bytes that the file system holds of its file, if they are known.
-    pub fn open(platform: &P, source: &Source, allocated: Option<u64>) -> core::result::Result<Self, Failure> {
-        let layers = open_layers(platform, source, allocated)?;
+    /// Opens an image with everything below it.
+    pub fn open(platform: &P, source: &Source) -> core::result::Result<Self, Failure> {
+        let layers = open_layers(platform, source)?;
         Ok(Self { platform: platform.clone(), layers })
     }
 
@@ -279,12 +280,8 @@ impl<P: Platform> Disk<P> {
     /// Data of the image, which may lie in a hole of its file.
     fn in_file(&self, status: Status, file: FileId, host: u64) -> Result<Status> {
         let placed = Status { place: Some((file, host)), ..status };
-        let Some(below) = self.platform.file(file.0) else { return Ok(placed) };
-        let inside = self.platform.files().get(file).map_or(0, |state| state.len()).saturating_sub(host);
-        if inside == 0 {
-            return Ok(Status { zero: true, ..placed });
-        }
-        let run = below.extent_at(host, status.len.min(inside))?;
-        Ok(Status { len: run.len, zero: matches!(run.kind, ExtentKind::Zero { .. }), ..placed })
+        let run = run_in_file(&self.platform, file, host, status.len)?;
+        let (len, zero) = run.unwrap_or((status.len, true));
+        Ok(Status { len, zero, ..placed })
     }
 }
