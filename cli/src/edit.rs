@@ -90,6 +90,7 @@ impl Edit<'_> {
                 Ok(Err(failure))
             }
             reply::Result::Failure(failure) => {
+                self.warn_of_raw(failure.format());
                 let (device, problem) = opening(files, &failure);
                 let spec = other.filter(|(other, _)| *other == device).map_or(self.image, |(_, spec)| spec);
                 Err(host.attendant.unopened(device, &problem).unwrap_or_else(|| unopened(spec, problem)))

@@ -511,6 +511,9 @@ impl Files {
     /// the problem with one `Could not open backing file` for each step on the way.
     pub fn seen_from_the_top(&self, device: u32, problem: Problem) -> (u32, Problem) {
         let (mut device, mut problem) = (device, problem);
+        if let Some(record) = self.records.get(&device) {
+            problem = problem.of_image_in(&record.child.clone().unwrap_or_else(|| record.shown()));
+        }
         while let Some(record) = self.records.get(&device) {
             match record.origin {
                 Origin::Operator => break,

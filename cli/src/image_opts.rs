@@ -17,6 +17,9 @@ use crate::qdict;
 
 pub use self::below::Below;
 
+/// An image is described by `--image-opts` or has its format from elsewhere.
+pub const EXCLUSIVE: &str = "--image-opts and --format are mutually exclusive";
+
 /// An image that the operator named.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ImageSpec {
@@ -136,7 +139,7 @@ impl ImageSpec {
     /// The message, complete.
     pub fn of_operand(text: &str, image_opts: bool, format: Option<&str>) -> Result<Self, Problem> {
         match (image_opts, format) {
-            (true, Some(_)) => Err(Problem::new("--image-opts and --format are mutually exclusive")),
+            (true, Some(_)) => Err(Problem::new(EXCLUSIVE)),
             (true, None) => Self::of_opts(text),
             (false, format) => Self::of_file(text, format),
         }

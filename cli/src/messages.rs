@@ -8,7 +8,7 @@ mod vmdk;
 use instar_guest_protocol::message::{BitmapFault, Cause, Failure, Field, Format, OptionError, Step};
 
 use crate::formats;
-use crate::problem::{Problem, os_text, printable};
+use crate::problem::{EINVAL, Problem, os_text, printable};
 
 /// Largest size of a bitmap directory that QEMU accepts, bytes.
 const MAX_BITMAP_DIRECTORY: u64 = 65_535 * 1024;
@@ -25,6 +25,7 @@ const EFBIG: i32 = 27;
 pub fn open_failure(failure: &Failure) -> Problem {
     let format = formats::name(failure.format());
     let text = match failure.cause() {
+        Cause::NotInFormat if failure.format() == Format::Vhdx => return Problem::unworded(EINVAL),
         Cause::NotInFormat => match legacy::not_in_format(failure.format()) {
             Some(text) => text.to_owned(),
             None => format!("Image is not in {format} format"),
@@ -154,9 +155,10 @@ pub fn work_failure(failure: &Failure) -> Problem {
         (Step::Snapshot, Cause::SnapshotNotFound) if failure.format() == Format::Qcow2 => {
             "Failed to load snapshot: Can't find snapshot".to_owned()
         }
-        (Step::Snapshot, Cause::SnapshotNotFound) => "Failed to load snapshot: Block format 'raw' used by device '' \
-                                                       does not support temporarily loading internal snapshots"
-            .to_owned(),
+        (Step::Snapshot, Cause::SnapshotNotFound) => format!(
+            "Failed to load snapshot: Block format '{}' used by device '' does not support temporarily loading internal snapshots",
+            formats::name(failure.format())
+        ),
         (Step::Snapshot, _) => return open_failure(failure).within("Failed to load snapshot"),
         (Step::Read, _) => format!("error while reading at byte {}: {}", failure.value, io_reason(failure)),
         (Step::Write, _) => format!("error while writing at byte {}: {}", failure.value, io_reason(failure)),

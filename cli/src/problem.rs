@@ -9,12 +9,27 @@ pub struct Problem {
     text: String,
     /// Lines that follow it without a prefix.
     hint: Option<String>,
+    /// The message is but an error number's, and is not said without what failed.
+    unworded: bool,
 }
+
+/// `errno`: invalid argument.
+pub const EINVAL: i32 = 22;
 
 impl Problem {
     /// A message.
     pub fn new(text: impl Into<String>) -> Self {
-        Self { text: text.into(), hint: None }
+        Self { text: text.into(), hint: None, unworded: false }
+    }
+
+    /// Why an image can't be opened where QEMU's driver has no words for it, but only an error number.
+    pub fn unworded(errno: i32) -> Self {
+        Self { unworded: true, ..Self::new(os_text(errno)) }
+    }
+
+    /// The same as said of the file in which the image lies.
+    pub fn of_image_in(self, file: &str) -> Self {
+        if self.unworded { self.within(format!("Could not open '{file}'")) } else { self }
     }
 
     /// The same with an explaining line behind it.
@@ -28,7 +43,7 @@ impl Problem {
 
     /// The same as the reason of something larger: `context: message`.
     pub fn within(self, context: impl fmt::Display) -> Self {
-        Self { text: format!("{context}: {}", self.text), ..self }
+        Self { text: format!("{context}: {}", self.text), unworded: false, ..self }
     }
 
     /// A system call that failed on a file: `Could not open 'F': No such file or directory`.

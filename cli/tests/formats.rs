@@ -290,6 +290,9 @@ fn qed_images_get_another_backing_file() {
     for args in [
         &["rebase", "-b", "other", "-F", "raw", "over"][..],
         &["rebase", "-b", "", "over"],
+        // What is not allocated is zero, and must stay so.
+        &["rebase", "-b", "base", "-F", "raw", "over"],
+        &["rebase", "-b", "", "over"],
         &["rebase", "-u", "-b", "other", "-F", "raw", "over"],
         &["rebase", "-u", "-b", "", "over"],
         &["rebase", "-c", "-b", "other", "-F", "raw", "over"],

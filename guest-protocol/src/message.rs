@@ -2031,6 +2031,8 @@ pub enum VmdkFault {
     ParentFormat = 17,
     /// The parent has the CID `value2`, another one is recorded.
     ParentCid = 18,
+    /// A sparse extent without a content id: a part of an image.
+    NoContentId = 19,
 }
 
 /// What is wrong with an image of the older formats ([`Cause::FormatFault`]).

@@ -16,6 +16,10 @@ type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
 
 const MIB: u64 = 1 << 20;
 
+/// An encrypted image, and what opens it.
+const ENCRYPTED: &str = "driver=qcow2,encrypt.key-secret=s,file.filename=l.qcow2";
+const SECRET: &str = "secret,id=s,data=open sesame";
+
 /// Formats that are written, beside qcow2.
 const FORMATS: &[&str] = &["raw", "vmdk", "vpc", "vhdx", "vdi", "qed", "qcow", "parallels"];
 
@@ -170,9 +174,25 @@ impl Sequence {
             "a.qcow2",
             &size,
         ])?;
-        self.prepare(&["create", "-q", "-f", "qcow2", "-o", &options, "b.qcow2", &size])?;
+        let preallocation = match self.random.below(8) {
+            0 | 1 => ",preallocation=metadata",
+            2 => ",preallocation=falloc",
+            3 => ",preallocation=full",
+            _ => "",
+        };
+        self.prepare(&["create", "-q", "-f", "qcow2", "-o", &format!("{options}{preallocation}"), "b.qcow2", &size])?;
         self.write("a.qcow2", "qcow2")?;
-        self.write("b.qcow2", "qcow2")
+        self.write("b.qcow2", "qcow2")?;
+        // Those are only read.
+        let mut apart = format!("{}data_file=d.data", if options.contains("0.10") { "" } else { "lazy_refcounts=on," });
+        apart += self.random.pick(&["", ",data_file_raw=on", ",preallocation=metadata"]);
+        self.prepare(&["create", "-q", "-f", "qcow2", "-o", &apart, "d.qcow2", &size])?;
+        self.write("d.qcow2", "qcow2")?;
+        let luks = format!("encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,cluster_size={cluster}");
+        self.prepare(&["create", "-q", "--object", SECRET, "-f", "qcow2", "-o", &luks, "l.qcow2", &size])?;
+        // Salts and keys are random.
+        fs::copy(self.root.join("theirs/l.qcow2"), self.root.join("ours/l.qcow2"))?;
+        self.write(ENCRYPTED, "")
     }
 
     /// The same by qemu-img in both copies.
@@ -187,9 +207,9 @@ impl Sequence {
         Ok(())
     }
 
-    /// Some writes by qemu-io, the same to both copies.
+    /// Some writes by qemu-io, the same to both copies. Without a format, `image` are options.
     fn write(&mut self, image: &str, format: &str) -> Result {
-        let len = self.length(image, format)?;
+        let len = if format.is_empty() { self.size } else { self.length(image, format)? };
         let mut commands = Vec::new();
         for _ in 0..1 + self.random.below(5) {
             let offset = self.random.below(len) / 512 * 512;
@@ -201,7 +221,7 @@ impl Sequence {
             let verb = match self.random.below(6) {
                 0 => "write -z".to_owned(),
                 1 => "write -z -u".to_owned(),
-                2 if format == "qcow2" => "discard".to_owned(),
+                2 if matches!(format, "qcow2" | "") => "discard".to_owned(),
                 _ => format!("write -P {}", 1 + self.random.below(255)),
             };
             commands.push(format!("{verb} {offset} {count}"));
@@ -209,10 +229,14 @@ impl Sequence {
         self.log.push(format!("(both) qemu-io -f {format} {image}: {}", commands.join("; ")));
         for copy in ["ours", "theirs"] {
             let mut command = Command::new("qemu-io");
-            command.current_dir(self.root.join(copy)).args(["-f", format]).stdout(Stdio::null());
+            command.current_dir(self.root.join(copy)).stdout(Stdio::null());
             commands.iter().for_each(|text| {
                 command.args(["-c", text]);
             });
+            match format {
+                "" => command.args(["--object", SECRET, "--image-opts"]),
+                _ => command.args(["-f", format]),
+            };
             if !command.arg(image).status()?.success() {
                 return Err(format!("qemu-io {commands:?} failed").into());
             }
@@ -232,17 +256,18 @@ impl Sequence {
     /// One command on both sides, and what must agree after it.
     fn step(&mut self) -> Result {
         let image = self.random.pick(&["a.qcow2", "a.qcow2", "b.qcow2"]);
-        match self.random.below(30) {
-            0 => self.same(Compare::Placeless, &["info", image]),
-            1 => self.same(Compare::Placeless, &["info", "--output=json", "--backing-chain", image]),
-            2 => self.same(Compare::Placeless, &["check", image]),
-            3 => self.same(Compare::Placeless, &["check", "--output=json", image]),
-            4 if self.holes => self.same(Compare::Status, &["map", "--output=json", image]),
-            4 => self.same(Compare::Placeless, &["map", "--output=json", image]),
-            5 => self.same(Compare::Status, &["map", image]),
+        let reading = self.random.pick(&[image, image, image, "d.qcow2"]);
+        match self.random.below(34) {
+            0 => self.same(Compare::Placeless, &["info", reading]),
+            1 => self.same(Compare::Placeless, &["info", "--output=json", "--backing-chain", reading]),
+            2 => self.same(Compare::Placeless, &["check", reading]),
+            3 => self.same(Compare::Placeless, &["check", "--output=json", reading]),
+            4 if self.holes => self.same(Compare::Status, &["map", "--output=json", reading]),
+            4 => self.same(Compare::Placeless, &["map", "--output=json", reading]),
+            5 => self.same(Compare::Status, &["map", reading]),
             6 => self.same(Compare::All, &["compare", "a.qcow2", "b.qcow2"]),
-            7 if !self.holes => self.same(Compare::All, &["compare", "-s", "a.qcow2", "b.qcow2"]),
-            8 => self.measure(image),
+            7 if !self.holes => self.same(Compare::All, &["compare", "-s", "a.qcow2", reading]),
+            8 => self.measure(reading),
             9 => self.write(image, "qcow2"),
             10 | 11 => self.snapshot(image),
             12 | 13 => self.resize(image),
@@ -250,11 +275,49 @@ impl Sequence {
             15 => self.commit(),
             16 => self.amend(image),
             17 | 18 => self.bitmap(image),
-            19 => self.dd(image),
+            19 => self.dd(reading),
+            30 => self.copy_sparsely(image),
+            31 => self.encrypted(),
             20..=25 => self.other_format(),
             26 => self.change(image, &["check", "-r", self.random.clone().pick(&["leaks", "all"]), image]),
             27 => self.create(),
-            _ => self.convert(image),
+            _ => self.convert(reading),
+        }
+    }
+
+    /// The file gets holes wherever it is zero.
+    fn copy_sparsely(&mut self, image: &str) -> Result {
+        self.log.push(format!("(both) cp --sparse=always {image}"));
+        for copy in ["ours", "theirs"] {
+            let mut copying = Command::new("cp");
+            copying.current_dir(self.root.join(copy)).args(["--sparse=always", image, "sparse"]);
+            if !copying.status()?.success() {
+                return Err(format!("{image} can't be copied").into());
+            }
+            fs::rename(self.root.join(copy).join("sparse"), self.root.join(copy).join(image))?;
+        }
+        Ok(())
+    }
+
+    /// What is asked of an encrypted image.
+    fn encrypted(&mut self) -> Result {
+        let target = self.random.pick(&["raw", "qcow2", "vmdk"]);
+        match self.random.below(4) {
+            0 => {
+                self.same(Compare::Placeless, &["map", "--object", SECRET, "--output=json", "--image-opts", ENCRYPTED])
+            }
+            1 => self.same(Compare::All, &["measure", "--object", SECRET, "-O", target, "--image-opts", ENCRYPTED]),
+            2 => {
+                let other = "driver=qcow2,file.filename=b.qcow2";
+                self.same(Compare::All, &["compare", "--object", SECRET, "--image-opts", ENCRYPTED, other])
+            }
+            _ => {
+                self.same(
+                    Compare::All,
+                    &["convert", "--object", SECRET, "--image-opts", "-O", target, ENCRYPTED, "o"],
+                )?;
+                self.same_contents("o", target)
+            }
         }
     }
 
@@ -379,12 +442,36 @@ impl Sequence {
         if self.random.one_in(3) {
             args.extend(["-S", sparse]);
         }
-        if target == "qcow2" && self.random.one_in(3) {
-            args.push("-c");
+        let snapshot = format!("s{}", self.random.below(self.snapshots + 1));
+        if self.random.one_in(4) {
+            args.extend(["-l", &snapshot]);
+        }
+        if target == "qcow2" {
+            match self.random.below(6) {
+                0 | 1 => args.push("-c"),
+                2 => args.extend(["-o", self.random.pick(&["cluster_size=4k", "cluster_size=2M,extended_l2=on"])]),
+                3 => args.extend(["-o", self.random.pick(&["preallocation=metadata", "preallocation=full"])]),
+                _ => {}
+            }
+        }
+        let alone = self.random.one_in(6) && image == "a.qcow2" && target == "qcow2";
+        if alone {
+            args.extend(["-B", "base", "-F", self.base_format]);
         }
         args.extend([image, "o"]);
+        let _ = fs::remove_file(self.root.join("ours/o"));
+        let _ = fs::remove_file(self.root.join("theirs/o"));
         self.same(Compare::All, &args)?;
-        self.same_contents("o", target)
+        if self.failed || !self.root.join("ours/o").exists() {
+            return Ok(());
+        }
+        self.same_contents("o", target)?;
+        // Where a new raw file has holes is its file system's affair.
+        if target == "raw" || self.holes {
+            return Ok(());
+        }
+        self.same(Compare::Placeless, &["map", "--output=json", "-f", target, "o"])?;
+        self.same(Compare::Placeless, &["info", "-f", target, "o"])
     }
 
     /// A new image of any format; both programs must take the same options and make the same disk.
@@ -424,6 +511,13 @@ impl Sequence {
             // Both go on with the image that qemu-img made: where its data lie is told by `map`.
             fs::copy(self.root.join("theirs/x"), self.root.join("ours/x"))?;
             self.write("x", format)?;
+        }
+        if format == "qed" && self.random.one_in(2) {
+            let (name, kind) = self.random.pick(&[&("base", ""), &("b.qcow2", "qcow2"), &("", "")]);
+            let kind = if kind.is_empty() { self.base_format } else { kind };
+            let format = if name.is_empty() { &[][..] } else { &["-F", kind] };
+            self.same(Compare::All, &[&["rebase", "-f", "qed", "-b", name], format, &["x"]].concat())?;
+            self.same_contents("x", "qed")?;
         }
         for _ in 0..3 {
             match self.random.below(9) {

@@ -16,6 +16,8 @@ pub enum Error {
     NotVmdk,
     /// The descriptor names no type of image.
     InvalidDescriptor,
+    /// A sparse extent whose descriptor has no content id, or none at all: a part of an image in several files.
+    NoContentId,
     /// A type of image that can't be read: devices, partitions, or an unknown one.
     UnsupportedType(Vec<u8>),
     /// A line of the descriptor that should tell of an extent and does not.
@@ -73,6 +75,7 @@ impl fmt::Display for Error {
             Self::Io(error) => write!(f, "{error}"),
             Self::NotVmdk => f.write_str("not a VMDK image"),
             Self::InvalidDescriptor => f.write_str("the descriptor has no type of image"),
+            Self::NoContentId => f.write_str("the descriptor has no content id (CID)"),
             Self::UnsupportedType(text) => write!(f, "unsupported type of image: {}", text.escape_ascii()),
             Self::InvalidExtentLine(text) => write!(f, "invalid extent: {}", text.escape_ascii()),
             Self::UnsupportedExtent(text) => write!(f, "unsupported type of extent: {}", text.escape_ascii()),

@@ -109,7 +109,7 @@ impl<D: BlockRead> Image<D> {
                 let text = pages.read_vec(at, len.min(MAX_LEN) as usize)?;
                 // A part of a larger image: alone it is no disk.
                 if !text.windows(4).any(|window| window == b"CID=") {
-                    return Err(Error::InvalidDescriptor);
+                    return Err(Error::NoContentId);
                 }
                 match Descriptor::parse(&text) {
                     // A part of a larger image has no descriptor, and only the parent's name is needed of one.

@@ -10,7 +10,7 @@ use crate::creation::{self, luks};
 use crate::edit::Edit;
 use crate::files::Access;
 use crate::formats::{self, Driver};
-use crate::image_opts::ImageSpec;
+use crate::image_opts::{EXCLUSIVE, ImageSpec};
 use crate::lock::Purpose;
 use crate::messages;
 use crate::messages::edit::Amended;
@@ -120,7 +120,7 @@ fn amend(settings: &Settings, arguments: &Arguments, operands: &[String], show: 
     }
     let [file] = operands else { return Err("Expecting one image file name".into()) };
     if arguments.image_opts && arguments.format.is_some() {
-        return Err("--image-opts and --format are mutually exclusive".into());
+        return Err(EXCLUSIVE.into());
     }
     if let Some(mode) = arguments.cache.as_deref().filter(|mode| !is_cache_mode(mode)) {
         return Err(format!("Invalid cache option: {mode}").into());

@@ -95,11 +95,11 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
     if reply.refused {
         return Err("Check failed: Input/output error".into());
     }
-    let output = arguments.output.unwrap_or(settings.output);
-    if output == Output::Json {
-        print(&json::print(&node(&image.given, &reply)))?;
-    } else if !arguments.quiet {
-        print(&human(&reply))?;
+    if !arguments.quiet {
+        print(&match arguments.output.unwrap_or(settings.output) {
+            Output::Human => human(&reply),
+            Output::Json => json::print(&node(&image.given, &reply)),
+        })?;
     }
     match reply.numbers.unwrap_or_default() {
         CheckNumbers { check_errors: 1.., .. } => Err(Fail::Said),

@@ -13,7 +13,7 @@ use crate::args::{Key, Opt};
 use crate::creation::{self, creatable, seed};
 use crate::files::{Access, Files, Refusal, open_data, unnamed_to_write};
 use crate::formats;
-use crate::image_opts::ImageSpec;
+use crate::image_opts::{EXCLUSIVE, ImageSpec};
 use crate::lock::Purpose;
 use crate::open::{Opened, join_name, open_to_read};
 use crate::options::{self, OptionList, Options, split};
@@ -131,16 +131,13 @@ impl Arguments {
     /// What contradicts itself whatever the images are.
     fn check(&self) -> Result<(), Fail> {
         let complaints = [
+            (self.skip_broken_bitmaps && !self.bitmaps, "Use of --skip-broken-bitmaps requires --bitmaps"),
+            (self.copy_range && self.compress, "Cannot enable copy offloading when -c is used"),
+            (self.copy_range && self.sparse_size.is_some(), "Cannot enable copy offloading when -S is used"),
+            (self.copy_range && self.salvage, "Cannot use copy offloading in salvaging mode"),
             (self.target_image_opts && !self.no_create, "--target-image-opts requires use of -n flag"),
             (self.no_create && !self.options.is_empty(), "-o has no effect when skipping image creation"),
             (self.target_is_zero && !self.no_create, "--target-is-zero requires use of -n flag"),
-            (self.copy_range && self.sparse_size.is_some(), "Cannot enable copy offloading when -S is used"),
-            (self.copy_range && self.compress, "Cannot enable copy offloading when -c is used"),
-            (
-                self.image_opts && self.format.is_some() || self.target_image_opts && self.target_format.is_some(),
-                "--image-opts and --format are mutually exclusive",
-            ),
-            (self.skip_broken_bitmaps && !self.bitmaps, "Use of --skip-broken-bitmaps requires --bitmaps"),
         ];
         match complaints.iter().find(|(applies, _)| *applies) {
             Some((_, text)) => Err(Fail::from(*text)),
@@ -157,10 +154,7 @@ impl Arguments {
     }
 
     fn source(&self, name: &str) -> Result<ImageSpec, Problem> {
-        match self.image_opts {
-            true => ImageSpec::of_opts(name),
-            false => ImageSpec::of_file(name, self.format.as_deref()),
-        }
+        ImageSpec::of_operand(name, self.image_opts, self.format.as_deref())
     }
 
     fn threads(&self, limits: &Limits) -> u32 {
@@ -173,6 +167,10 @@ impl Arguments {
         self.target_cache.as_deref().is_some_and(|mode| mode != "unsafe")
     }
 }
+
+const NO_COMPRESSION: &str = "Compression not supported for this file format";
+const BACKED_CONCATENATION: &str =
+    "Having a backing file for the target makes no sense when concatenating multiple input images";
 
 /// `-l`: an id or else a name; or both, spelled out.
 pub(super) fn snapshot_selector(program: &Program, text: &str) -> Result<SnapshotSelector, Fail> {
@@ -277,9 +275,6 @@ fn convert(
     let mut machine = Vm::spawn(guest::CONVERT, &settings.limits, Work::Data(threads))?;
     let mut files = Files::new(settings.confinement()?);
     let devices = open_sources(&mut files, &mut machine, arguments, &sources)?;
-    if arguments.bitmaps && sources.len() > 1 {
-        return Err("Copying bitmaps only possible with single source".into());
-    }
     if arguments.snapshot.is_some() && sources.len() > 1 {
         return Err("No support for concatenating multiple snapshot".into());
     }
@@ -321,7 +316,7 @@ fn convert(
         sparse_bytes: arguments.sparse_size.unwrap_or(DEFAULT_SPARSE_SIZE),
         target_is_zero: arguments.target_is_zero,
         salvage: arguments.salvage,
-        bitmaps: arguments.bitmaps,
+        bitmaps: arguments.bitmaps && plan.is_ok(),
         skip_broken_bitmaps: arguments.skip_broken_bitmaps,
         threads,
         progress: progress.is_visible(),
@@ -391,6 +386,8 @@ struct Plan {
     new: Option<NewTarget>,
     /// Told before it is created.
     early: Option<Problem>,
+    /// Told once it is open.
+    after: Option<Problem>,
     /// It exists, and this is it.
     existing: Option<ImageSpec>,
     /// The backing image that it gets.
@@ -401,28 +398,41 @@ struct Plan {
 
 impl Plan {
     fn new(arguments: &Arguments, objects: &Objects, source_count: usize, target: &str) -> Result<Self, Problem> {
-        let plan = match arguments.no_create {
-            true => Self::of_existing(arguments, target)?,
+        let mut plan = match arguments.no_create {
+            true => Self::of_existing(arguments, source_count, target)?,
             false => Self::of_new(arguments, objects, source_count, target)?,
         };
-        if let Some(mode) = arguments.target_cache.as_deref().filter(|mode| !is_cache_mode(mode)) {
-            return Err(Problem::new(format!("Invalid cache option: {mode}")));
+        if arguments.bitmaps && source_count > 1 {
+            return Err(Problem::new("Copying bitmaps only possible with single source"));
         }
-        if arguments.compress && !creation::find(plan.format).is_some_and(|format| format.compresses) {
-            return Err(Problem::new("Compression not supported for this file format"));
+        let invalid_mode = arguments.target_cache.as_deref().filter(|mode| !is_cache_mode(mode));
+        let invalid_mode = invalid_mode.map(|mode| Problem::new(format!("Invalid cache option: {mode}")));
+        if let (Some(problem), true) = (&invalid_mode, arguments.no_create) {
+            return Err(problem.clone());
         }
-        // Bytes in one piece have no clusters that could be compressed.
-        if arguments.compress && plan.wire.vmdk.as_ref().is_some_and(|own| own.subformat.ends_with(b"Flat")) {
-            return Err(Problem::new("invalid cluster size"));
-        }
-        if arguments.bitmaps && plan.format != Format::Qcow2 {
-            let text = format!("Format driver '{}' does not support bitmaps", formats::name(plan.format));
-            return Err(Problem::new(text));
-        }
+        let compresses = creation::find(plan.format).is_some_and(|format| format.compresses);
+        let is_flat = plan.wire.vmdk.as_ref().is_some_and(|own| own.subformat.ends_with(b"Flat"));
+        plan.after = match invalid_mode {
+            Some(problem) => Some(problem),
+            None if arguments.compress && !compresses => Some(Problem::new(NO_COMPRESSION)),
+            // Bytes in one piece have no clusters that could be compressed.
+            None if arguments.compress && is_flat => Some(Problem::new("invalid cluster size")),
+            None if arguments.bitmaps && plan.format != Format::Qcow2 => {
+                let text = format!("Format driver '{}' does not support bitmaps", formats::name(plan.format));
+                Some(Problem::new(text))
+            }
+            None => None,
+        };
         Ok(plan)
     }
 
-    fn of_existing(arguments: &Arguments, target: &str) -> Result<Self, Problem> {
+    fn of_existing(arguments: &Arguments, source_count: usize, target: &str) -> Result<Self, Problem> {
+        if arguments.backing.is_some() && source_count > 1 {
+            return Err(Problem::new(BACKED_CONCATENATION));
+        }
+        if arguments.target_image_opts && arguments.target_format.is_some() {
+            return Err(Problem::new(EXCLUSIVE));
+        }
         let spec = match arguments.target_image_opts {
             true => ImageSpec::of_opts(target)?,
             false => ImageSpec::of_file(target, Some(arguments.target_format()))?,
@@ -453,6 +463,7 @@ impl Plan {
             wire,
             new: None,
             early: None,
+            after: None,
             existing: Some(spec),
             backing: None,
             is_dd: false,
@@ -480,15 +491,16 @@ impl Plan {
         }
         let backing_name = options.text("backing_file");
         if backing_name.is_some() && source_count > 1 {
-            return Err(Problem::new(
-                "Having a backing file for the target makes no sense when concatenating multiple input images",
-            ));
+            return Err(Problem::new(BACKED_CONCATENATION));
         }
         if backing_name.is_some() && options.text("backing_fmt").is_none() {
             return Err(Problem::new("Use of backing file requires explicit backing format"));
         }
         let layout = (kind.layout)(&options, objects);
-        if arguments.compress && format == Format::Qcow2 {
+        if arguments.compress {
+            if !kind.compresses {
+                return Err(Problem::new(NO_COMPRESSION));
+            }
             if options.any_with_prefix("encrypt") {
                 return Err(Problem::new("Compression and encryption not supported at the same time"));
             }
@@ -512,8 +524,17 @@ impl Plan {
         });
         let mut wire = Target { backing: recorded, ..layout.wire };
         creation::vmdk::name_target(&mut wire, target, true);
-        let early = layout.early;
-        Ok(Self { given: target.to_owned(), format, wire, new: Some(new), early, existing: None, backing, is_dd })
+        Ok(Self {
+            given: target.to_owned(),
+            format,
+            wire,
+            new: Some(new),
+            early: layout.early,
+            after: None,
+            existing: None,
+            backing,
+            is_dd,
+        })
     }
 
     /// Puts a problem with creating the target into words.
@@ -565,7 +586,7 @@ impl ConvertHost<'_> {
                 self.existing_header = Some(header);
             }
             self.existing.push(file);
-            return Ok(granted);
+            return plan.after.take().map_or(Ok(granted), Err);
         }
         if let Some(problem) = plan.early.take() {
             return Err(plan.creating(problem));
@@ -579,7 +600,7 @@ impl ConvertHost<'_> {
         let granted = opened.map_err(|problem| plan.creating(problem))?;
         match self.late.take() {
             Some(problem) => Err(problem.within(format!("Could not open '{}'", plan.given))),
-            None => Ok(granted),
+            None => plan.after.take().map_or(Ok(granted), Err),
         }
     }
 
@@ -634,7 +655,8 @@ impl ConvertHost<'_> {
             (_, _, Ok(_)) if is_of_work(failure) => messages::work_failure(failure),
             (Step::Create, _, Ok(plan)) => plan.creating(messages::create_failure(failure, plan.format)),
             (Step::OpenTarget, _, Ok(plan)) => {
-                messages::open_failure(failure).within(format!("Could not open '{}'", plan.given))
+                let file = plan.existing.as_ref().map_or(&plan.given, |spec| &spec.file);
+                messages::open_failure(failure).of_image_in(file).within(format!("Could not open '{}'", plan.given))
             }
             (_, _, Ok(plan)) if plan.is_dd => messages::block_failure(failure),
             _ => messages::work_failure(failure),

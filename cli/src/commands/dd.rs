@@ -5,6 +5,7 @@ use instar_guest_protocol::message::Blocks;
 use super::convert::{BlockCopy, copy_blocks};
 use super::{CommandLine, Settings};
 use crate::args::{Key, Opt};
+use crate::image_opts::EXCLUSIVE;
 use crate::program::{Fail, Outcome, Program};
 use crate::size;
 
@@ -50,7 +51,7 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
         return Err("Must specify both input and output files".into());
     };
     if copy.image_opts && copy.format.is_some() {
-        return Err("--image-opts and --format are mutually exclusive".into());
+        return Err(EXCLUSIVE.into());
     }
     copy_blocks(program, &settings, BlockCopy { source, target, ..copy })
 }

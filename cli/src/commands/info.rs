@@ -9,7 +9,7 @@ use crate::args::{Key, Opt};
 use crate::chain::Chain;
 use crate::config::Output;
 use crate::files::{Access, Files, Origin};
-use crate::image_opts::ImageSpec;
+use crate::image_opts::{EXCLUSIVE, ImageSpec};
 use crate::lock::Purpose;
 use crate::output::json;
 use crate::output::node::Node;
@@ -66,7 +66,7 @@ impl Arguments {
     fn image(&self, operands: &[String]) -> Result<ImageSpec, Fail> {
         let [name] = operands else { return Err(Fail::Usage("Expecting one image file name".to_owned())) };
         if self.image_opts && self.format.is_some() {
-            return Err("--image-opts and --format are mutually exclusive".into());
+            return Err(EXCLUSIVE.into());
         }
         Ok(match self.image_opts {
             true => ImageSpec::of_opts(name)?,

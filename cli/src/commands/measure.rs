@@ -15,6 +15,7 @@ use crate::messages;
 use crate::options::{self, OptionList, Options};
 use crate::output::json;
 use crate::output::node::Node;
+use crate::problem::Problem;
 use crate::program::{Fail, Outcome, Program, print};
 use crate::query::{Query, Silence, Unanswered};
 use crate::sandbox::Work;
@@ -82,6 +83,9 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
     let help = include_str!("help/measure.txt");
     let operands = line.walk(&mut settings, help, |key, value| arguments.take(program, key, value))?;
     let Some(operands) = operands else { return Ok(()) };
+    if operands.is_empty() && (arguments.image_opts || arguments.format.is_some() || arguments.snapshot.is_some()) {
+        return Err("--image-opts, -f, and -l require a filename argument.".into());
+    }
     let image = match (operands.as_slice(), arguments.size) {
         ([], Some(_)) => None,
         ([image], None) => Some(image),
@@ -93,19 +97,21 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
         Some(name) => Some(ImageSpec::of_operand(name, arguments.image_opts, arguments.format.as_deref())?),
         None => None,
     };
-    let target = creatable(arguments.target_format.as_deref().unwrap_or("raw"))?;
-    if arguments.options.wants_help() {
-        return print(&options::help(target, true));
+    let wanted = wanted(&settings, &arguments);
+    // qemu-img opens the image first.
+    if let (Some(image), Err(_) | Ok(Wanted::Help(_))) = (&image, &wanted) {
+        ask(&settings, &arguments, image, &Layout::raw())?;
     }
-    let name = target.name();
-    let options = match Options::parse(target, &arguments.options) {
-        Ok(options) => options,
-        Err(problem) => {
-            program.report(&problem.into(), None);
-            return Err(format!("Invalid options for file format '{name}'").into());
+    let layout = match wanted {
+        Ok(Wanted::Layout(layout)) => layout,
+        Ok(Wanted::Help(text)) => return print(&text),
+        Err((detail, fail)) => {
+            if let Some(detail) = detail {
+                program.report(&detail.into(), None);
+            }
+            return Err(fail);
         }
     };
-    let layout = Layout::of(target, &options, &settings.objects)?;
     let found = match &image {
         Some(image) => ask(&settings, &arguments, image, &layout)?,
         None => MeasureReply { virtual_size: arguments.size.unwrap_or_default(), ..MeasureReply::default() },
@@ -115,6 +121,28 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
         Output::Human => human(measure),
         Output::Json => json::print(&node(measure)),
     })
+}
+
+/// What is asked for.
+enum Wanted {
+    Help(String),
+    Layout(Layout),
+}
+
+/// # Errors
+/// What is wrong with the options, perhaps with a line before it.
+fn wanted(settings: &Settings, arguments: &Arguments) -> Result<Wanted, (Option<Problem>, Fail)> {
+    let target = creatable(arguments.target_format.as_deref().unwrap_or("raw"));
+    let target = target.map_err(|problem| (None, problem.into()))?;
+    if arguments.options.wants_help() {
+        return Ok(Wanted::Help(options::help(target, true)));
+    }
+    let options = Options::parse(target, &arguments.options).map_err(|problem| {
+        let text = format!("Invalid options for file format '{}'", target.name());
+        (Some(problem), Fail::from(text))
+    })?;
+    let layout = Layout::of(target, &options, &settings.objects).map_err(|fail| (None, fail))?;
+    Ok(Wanted::Layout(layout))
 }
 
 fn ask(settings: &Settings, arguments: &Arguments, image: &ImageSpec, layout: &Layout) -> Result<MeasureReply, Fail> {
@@ -230,7 +258,9 @@ impl Layout {
     fn measure(&self, found: &MeasureReply, from_image: bool) -> Result<Measure, Fail> {
         let too_large = || Fail::from("The image size is too large (try using a larger cluster size)");
         if !self.qcow2 {
-            let size = found.virtual_size.checked_next_multiple_of(512);
+            // A size that is only given is taken as it is.
+            let whole = from_image || self.luks_payload == 0;
+            let size = found.virtual_size.checked_next_multiple_of(if whole { 512 } else { 1 });
             let size = size.and_then(|size| size.checked_add(self.luks_payload)).ok_or_else(too_large)?;
             return Ok(Measure { required: size, fully_allocated: size, bitmaps: None });
         }

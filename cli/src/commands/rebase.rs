@@ -144,7 +144,12 @@ fn rebase(settings: &Settings, arguments: &Arguments, file: &str, progress: &mut
         edit.run_attended(threads, |image, _| Operation::Rebase(RebaseRequest { image, ..request }), &mut attendant)?;
     match done {
         Ok(_) => Ok(()),
-        Err(failure) => Err(messages::motion::rebase(name, &failure).into()),
+        Err(failure) => {
+            if messages::motion::is_of_recording(&failure) {
+                attendant.progress.complete();
+            }
+            Err(messages::motion::rebase(name, &failure).into())
+        }
     }
 }
 

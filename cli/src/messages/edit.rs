@@ -4,12 +4,11 @@ use instar_guest_protocol::message::{AmendRefusal, BitmapRefusal, BitmapVerb, Ca
 
 use super::{general, open_failure};
 use crate::formats;
-use crate::problem::{Problem, os_text, printable};
+use crate::problem::{EINVAL, Problem, os_text, printable};
 
 /// `errno` values.
 const ENOENT: i32 = 2;
 const EIO: i32 = 5;
-const EINVAL: i32 = 22;
 const EFBIG: i32 = 27;
 const EOPNOTSUPP: i32 = 95;
 

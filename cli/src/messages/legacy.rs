@@ -2,7 +2,7 @@
 
 use instar_guest_protocol::message::{Failure, Format, FormatFault, OptionError};
 
-use crate::problem::{Problem, printable};
+use crate::problem::{EINVAL, Problem, printable};
 
 /// Largest VDI disk, bytes.
 const MAX_VDI: u64 = 0x1_ffff_f800_0000;
@@ -55,7 +55,7 @@ pub fn format_fault(failure: &Failure) -> Problem {
         F::QedDamaged => "Image corrupted",
         F::DmgTooShort => "dmg file must be at least 512 bytes long",
         F::DmgTrailer => "Could not locate UDIF trailer in dmg file",
-        F::DmgInvalid => "Invalid argument",
+        F::DmgInvalid => return Problem::unworded(EINVAL),
         F::ParallelsTracks => "Invalid image: Zero sectors per track",
         F::ParallelsCluster => "Invalid image: Too big cluster",
         F::ParallelsCatalog => "Catalog too large",

@@ -4,11 +4,10 @@ use instar_guest_protocol::message::{Cause, Failure, Format, Preallocation, Resi
 
 use super::general;
 use crate::formats;
-use crate::problem::{Problem, os_text};
+use crate::problem::{EINVAL, Problem, os_text};
 
 /// `errno` values.
 const EIO: i32 = 5;
-const EINVAL: i32 = 22;
 const EFBIG: i32 = 27;
 const EOPNOTSUPP: i32 = 95;
 
@@ -62,6 +61,9 @@ pub fn rebase(name: &str, failure: &Failure) -> Problem {
     let within = |text: String| Problem::new(format!("Could not change the backing file to '{name}': {text}"));
     match (failure.step(), failure.cause()) {
         (_, Cause::CompressionUnsupported) => Problem::new("Compression not supported for this file format"),
+        (_, Cause::BackingUnsupported) if failure.format() == Format::Parallels => {
+            Problem::new("could not get block driver info")
+        }
         (_, Cause::BackingUnsupported) => within(os_text(EOPNOTSUPP)),
         (_, Cause::BackingFormatMissing) => within("backing format must be specified".to_owned()),
         (_, Cause::BackingRefused) => within(os_text(EINVAL)),
@@ -76,6 +78,16 @@ pub fn rebase(name: &str, failure: &Failure) -> Problem {
         (Step::Write, _) => Problem::new(format!("Error while writing to COW image: {}", reason(failure))),
         (Step::Edit, Cause::Io) => within(reason(failure)),
         _ => Problem::new(reason(failure)),
+    }
+}
+
+/// Everything was copied, and then the name of the new backing file could not be recorded.
+pub fn is_of_recording(failure: &Failure) -> bool {
+    match failure.cause() {
+        Cause::BackingUnsupported => failure.format() != Format::Parallels,
+        Cause::BackingFormatMissing | Cause::BackingRefused | Cause::HeaderFull => true,
+        Cause::Io => failure.step() == Step::Edit,
+        _ => false,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use instar_guest_protocol::message::{Failure, VmdkFault};
 
-use crate::problem::{Problem, printable};
+use crate::problem::{EINVAL, Problem, printable};
 
 /// Bytes of a sector.
 const SECTOR: u64 = 512;
@@ -12,8 +12,11 @@ pub fn fault(failure: &Failure) -> Problem {
     use VmdkFault as F;
     let (value, quoted) = (failure.value2, printable(&failure.text));
     let fault = i32::try_from(failure.value).ok().and_then(|fault| F::try_from(fault).ok());
+    if fault == Some(F::NoContentId) {
+        return Problem::unworded(EINVAL);
+    }
     Problem::new(match fault.unwrap_or(F::Unspecified) {
-        F::Unspecified => "The image is damaged".to_owned(),
+        F::Unspecified | F::NoContentId => "The image is damaged".to_owned(),
         F::Descriptor => "invalid VMDK image descriptor".to_owned(),
         F::ImageType => format!("Unsupported image type '{quoted}'"),
         F::ExtentLine => format!("Invalid extent line: {quoted}"),
@@ -21,7 +24,7 @@ pub fn fault(failure: &Failure) -> Problem {
         F::ExtentCount => format!("The image has too many extents ({value} or more)"),
         F::Size => "The extents are too large".to_owned(),
         F::Version => format!("Unsupported VMDK version {value}"),
-        F::TableSize if value == 0 => "Invalid argument".to_owned(),
+        F::TableSize if value == 0 => "L1 entry size is invalid".to_owned(),
         F::TableSize => "L2 table size too big".to_owned(),
         F::GrainSize => format!("Invalid granularity, image may be corrupt ({value} sectors)"),
         F::DirectorySize => "L1 size too big".to_owned(),

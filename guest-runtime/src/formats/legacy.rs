@@ -5,9 +5,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use instar_blockio::{Codec, Error, FileId, Layer, Result as BlockResult, SectorCipher};
-use instar_guest_protocol::message::{
-    Cause, Failure, FileRole, Format, FormatFault, ImageInfo, Key, Reference, SnapshotSelector, Step,
-};
+use instar_guest_protocol::message::{Cause, Failure, FileRole, Format, FormatFault, ImageInfo, Key, Reference, Step};
 use instar_legacy as legacy;
 
 use super::qcow2::legacy_cipher;
@@ -84,10 +82,6 @@ impl<P: Platform, I: Layer + 'static> OpenImage<P> for Legacy<I> {
         Ok(())
     }
 
-    fn select_snapshot(&mut self, _: &SnapshotSelector) -> Result<(), Failure> {
-        Err(Failure { format: self.format.into(), ..about(Step::Snapshot, self.id, Cause::SnapshotNotFound) })
-    }
-
     fn into_layer(self: Box<Self>) -> Box<dyn Layer> {
         Box::new(self.image)
     }
@@ -110,6 +104,9 @@ pub(super) fn deflate(unit: u64) -> Compression {
 pub(super) trait Finish: ImageWriter {
     /// Writes the rest of the metadata.
     fn finish_image(self) -> BlockResult<()>;
+
+    /// See [`MappedImage::expect_backing`].
+    fn expect_new_backing(&mut self) {}
 
     /// Records another backing image; see [`MappedImage::set_backing`].
     fn record_backing(&mut self, id: FileId, name: &[u8], format_name: &[u8]) -> Option<Result<(), Failure>> {
@@ -136,6 +133,10 @@ where
 
     fn compression(&self) -> Option<Compression> {
         self.compression
+    }
+
+    fn expect_backing(&mut self) {
+        self.writer.expect_new_backing();
     }
 
     fn set_backing(&mut self, name: &[u8], format_name: &[u8]) -> Option<Result<(), Failure>> {

@@ -10,7 +10,7 @@ use instar_blockio::{
 };
 use instar_guest_protocol::message as wire;
 use instar_guest_protocol::message::{
-    Cause, Failure, FileRole, Format, ImageInfo, Key, LuksFault, LuksOptions, SnapshotSelector, Step, Target,
+    Cause, Failure, FileRole, Format, ImageInfo, Key, LuksFault, LuksOptions, Step, Target,
 };
 use instar_luks::{self as luks, CipherMode, CipherSpec, CreateOptions, Fresh, Hash, Limits, Payload, Random, Volume};
 
@@ -108,10 +108,6 @@ impl<P: Platform> OpenImage<P> for Luks<P> {
         let header_device = self.header.as_ref().map(|(_, id)| id.0);
         info.luks = Some(wire::LuksInfo { header_device, ..luks_info(&self.volume) });
         Ok(())
-    }
-
-    fn select_snapshot(&mut self, _: &SnapshotSelector) -> Result<(), Failure> {
-        Err(about(Step::Snapshot, self.id, Cause::SnapshotNotFound))
     }
 
     fn into_layer(self: Box<Self>) -> Box<dyn Layer> {

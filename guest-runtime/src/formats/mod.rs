@@ -103,11 +103,14 @@ pub trait OpenImage<P: Platform>: Send {
     /// Tables that can't be read.
     fn describe(&self, platform: &P, info: &mut ImageInfo) -> Result<(), Failure>;
 
-    /// Reads an internal snapshot from now on.
+    /// Reads an internal snapshot from now on. Most formats have none.
     ///
     /// # Errors
     /// No such snapshot, or one that can't be read.
-    fn select_snapshot(&mut self, selector: &SnapshotSelector) -> Result<(), Failure>;
+    fn select_snapshot(&mut self, selector: &SnapshotSelector) -> Result<(), Failure> {
+        let _ = selector;
+        Err(Failure { format: self.format().into(), ..failure(Step::Snapshot, Cause::SnapshotNotFound) })
+    }
 
     /// Checks the image, where that needs more than its main file; `None`: it does not, or can't be checked.
     ///
@@ -207,6 +210,9 @@ pub trait MappedImage<P: Platform>: Send {
 
     /// What nobody writes does not read as zero in the file below, although the image is fresh.
     fn on_block_device(&self) -> bool;
+
+    /// It will get another backing image, which must not show where zeroes are written, although the image has none yet.
+    fn expect_backing(&mut self) {}
 
     /// Records another backing image, or none (an empty name); `None`: the format can't.
     fn set_backing(&mut self, name: &[u8], format_name: &[u8]) -> Option<Result<(), Failure>> {

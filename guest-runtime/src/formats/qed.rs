@@ -62,6 +62,10 @@ impl<P: Platform> Finish for Writer<TargetDisk<P>> {
         self.finish().map(|_| ())
     }
 
+    fn expect_new_backing(&mut self) {
+        self.expect_backing();
+    }
+
     fn record_backing(&mut self, id: FileId, name: &[u8], format_name: &[u8]) -> Option<Result<(), Failure>> {
         Some(self.set_backing(name, format_name == b"raw").map_err(|error| match error {
             Error::BackingNameTooLong(_) => about(Step::Edit, id, Cause::HeaderFull),

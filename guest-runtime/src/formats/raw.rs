@@ -5,9 +5,7 @@ use alloc::vec::Vec;
 use core::ops::Range;
 
 use instar_blockio::{BlockRead, FileId, Layer};
-use instar_guest_protocol::message::{
-    Cause, Failure, FileRole, Format, ImageInfo, Preallocation, SnapshotSelector, Step, Target,
-};
+use instar_guest_protocol::message::{Cause, Failure, FileRole, Format, ImageInfo, Preallocation, Step, Target};
 use instar_raw as raw;
 
 use super::target::{TargetFile, granted_target_file, open_target_file};
@@ -20,13 +18,12 @@ const SECTOR: u64 = 512;
 
 struct Raw<P> {
     image: raw::Image<File<P>>,
-    id: FileId,
 }
 
 /// Opens a file as the disk.
 pub(super) fn open<P: Platform>(file: File<P>, id: FileId) -> Result<Box<dyn OpenImage<P>>, Failure> {
     let image = raw::Image::open(file).map_err(|error| block(Step::Open, Some(id), 0, error))?;
-    Ok(Box::new(Raw { image, id }))
+    Ok(Box::new(Raw { image }))
 }
 
 impl<P: Platform> OpenImage<P> for Raw<P> {
@@ -37,10 +34,6 @@ impl<P: Platform> OpenImage<P> for Raw<P> {
     fn describe(&self, _: &P, info: &mut ImageInfo) -> Result<(), Failure> {
         info.virtual_size = self.image.size();
         Ok(())
-    }
-
-    fn select_snapshot(&mut self, _: &SnapshotSelector) -> Result<(), Failure> {
-        Err(about(Step::Snapshot, self.id, Cause::SnapshotNotFound))
     }
 
     fn into_layer(self: Box<Self>) -> Box<dyn Layer> {

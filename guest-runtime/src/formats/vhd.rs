@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 
 use instar_blockio::{BlockRead, FileId, Layer};
 use instar_guest_protocol::message::{
-    Call, Cause, Failure, Field, FileRole, Format, ImageInfo, Reference, SnapshotSelector, Step, Target, VhdSize, call,
+    Call, Cause, Failure, Field, FileRole, Format, ImageInfo, Reference, Step, Target, VhdSize, call,
 };
 use instar_vhd::{self as vhd, CreateOptions, DiskType, OpenOptions, SizeRule, Writer};
 
@@ -94,10 +94,6 @@ impl<P: Platform> OpenImage<P> for Vhd<P> {
             info.backing_format = Some(DRIVER.to_vec());
         }
         Ok(())
-    }
-
-    fn select_snapshot(&mut self, _: &SnapshotSelector) -> Result<(), Failure> {
-        Err(about(Step::Snapshot, self.id, Cause::SnapshotNotFound))
     }
 
     fn into_layer(self: Box<Self>) -> Box<dyn Layer> {

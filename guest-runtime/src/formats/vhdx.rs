@@ -6,7 +6,7 @@ use alloc::vec::Vec;
 
 use instar_blockio::{FileId, Layer};
 use instar_guest_protocol::message::{
-    Cause, Failure, Field, FileRole, Format, ImageInfo, OptionError, Reference, SnapshotSelector, Step, Target,
+    Cause, Failure, Field, FileRole, Format, ImageInfo, OptionError, Reference, Step, Target,
 };
 use instar_vhdx::{self as vhdx, CreateOptions, Writer};
 
@@ -79,10 +79,6 @@ impl<P: Platform> OpenImage<P> for Vhdx<P> {
             info.backing_format = Some(DRIVER.to_vec());
         }
         Ok(())
-    }
-
-    fn select_snapshot(&mut self, _: &SnapshotSelector) -> Result<(), Failure> {
-        Err(about(Step::Snapshot, self.id, Cause::SnapshotNotFound))
     }
 
     fn into_layer(self: Box<Self>) -> Box<dyn Layer> {

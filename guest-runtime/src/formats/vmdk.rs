@@ -7,8 +7,8 @@ use alloc::vec::Vec;
 use instar_blockio::check::CheckReport;
 use instar_blockio::{Codec, FileId, Layer};
 use instar_guest_protocol::message::{
-    Cause, CheckFinding, Failure, FileRole, FindingKind, Format, ImageInfo, Reference, SnapshotSelector, Step, Target,
-    VmdkExtent, VmdkFault, VmdkInfo,
+    Cause, CheckFinding, Failure, FileRole, FindingKind, Format, ImageInfo, Reference, Step, Target, VmdkExtent,
+    VmdkFault, VmdkInfo,
 };
 use instar_vmdk::{
     CreateOptions, Error, ExtentType, GRAIN, Image, OpenOptions, Subformat, Writer, create as create_vmdk,
@@ -126,10 +126,6 @@ impl<P: Platform> OpenImage<P> for Vmdk<P> {
                 .collect(),
         });
         Ok(())
-    }
-
-    fn select_snapshot(&mut self, _: &SnapshotSelector) -> Result<(), Failure> {
-        Err(Failure { format: Format::Vmdk.into(), ..about(Step::Snapshot, self.id, Cause::SnapshotNotFound) })
     }
 
     fn into_layer(self: Box<Self>) -> Box<dyn Layer> {
@@ -275,6 +271,7 @@ fn failure(step: Step, id: FileId, error: Error) -> Failure {
     match error {
         Error::Io(error) => block(step, Some(id), error.offset().unwrap_or(0), error),
         Error::NotVmdk | Error::InvalidDescriptor => with(F::Descriptor, 0),
+        Error::NoContentId => with(F::NoContentId, 0),
         Error::UnsupportedType(text) => quoting(F::ImageType, text),
         Error::InvalidExtentLine(text) => quoting(F::ExtentLine, text),
         Error::UnsupportedExtent(text) => quoting(F::ExtentType, text),

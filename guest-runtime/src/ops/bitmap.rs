@@ -32,8 +32,12 @@ pub fn run<P: Platform>(platform: &P, request: &BitmapRequest) -> Result<EditRep
             image.close(done)
         }
         Editable::Other(format) => {
-            let first = request.actions.first().map_or(BitmapVerb::Unspecified, BitmapAction::verb);
-            let (refusal, text) = match first {
+            let first = request.actions.first();
+            let granularity = first.and_then(|action| action.granularity);
+            let (refusal, text) = match first.map_or(BitmapVerb::Unspecified, BitmapAction::verb) {
+                BitmapVerb::Add if granularity.is_some_and(|bytes| bytes < 512 || !bytes.is_power_of_two()) => {
+                    (BitmapRefusal::Granularity, Vec::new())
+                }
                 BitmapVerb::Add => (BitmapRefusal::Unsupported, Vec::new()),
                 _ => (BitmapRefusal::NotFound, request.name.clone()),
             };

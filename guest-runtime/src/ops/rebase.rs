@@ -47,21 +47,37 @@ pub fn run<P: Platform>(platform: &P, request: &RebaseRequest) -> Result<EditRep
         return Err(of_format(failure(Step::Edit, Cause::CompressionUnsupported)));
     }
     image.open_parts(platform)?;
-    let backings = if request.only_name { None } else { Some(Backings::open(platform, request, &*image)?) };
-    drop(image);
     let unsupported = || of_format(failure(Step::Edit, Cause::BackingUnsupported));
+    if format == Format::Parallels {
+        return Err(unsupported());
+    }
+    let backings = match request.only_name {
+        true => None,
+        false => Some(Backings::open(platform, request, &*image).map_err(|failure| match failure.cause() {
+            // Nothing else is told of the format.
+            Cause::OpenRefused => of_format(failure),
+            _ => failure,
+        })?),
+    };
+    drop(image);
+    let nameless = !request.name.is_empty() && request.format_name.is_empty();
+    let format_missing = || of_format(failure(Step::Edit, Cause::BackingFormatMissing));
     let target = match format {
         Format::Qcow2 if request.only_name => open_metadata_in_place(platform, request.image.device, request.flush)?,
         Format::Qcow2 | Format::Qed => open_in_place(platform, request.image.device, format, &[], request.flush)?,
         // qemu-img finds out once it has copied everything.
+        _ if nameless => return Err(format_missing()),
         _ => return Err(unsupported()),
     };
     let TargetImage::Mapped(mut target) = target else { return Err(unsupported()) };
     if let Some(backings) = backings {
+        if backings.new.is_some() {
+            target.expect_backing();
+        }
         target = copy(platform, request, target, backings).map_err(of_format)?;
     }
-    if !request.name.is_empty() && request.format_name.is_empty() {
-        return Err(of_format(failure(Step::Edit, Cause::BackingFormatMissing)));
+    if nameless {
+        return Err(format_missing());
     }
     let format_name: &[u8] = if request.name.is_empty() { &[] } else { &request.format_name };
     target.set_backing(&request.name, format_name).unwrap_or_else(|| Err(unsupported())).map_err(of_format)?;

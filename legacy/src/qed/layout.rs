@@ -23,16 +23,18 @@ pub struct Layout {
     header: Header,
     /// Bytes of the whole clusters of the file.
     end: u64,
+    /// It has no backing file, and will get one.
+    expects_backing: bool,
 }
 
 impl Layout {
     pub(super) fn of(header: &Header, file_len: u64) -> Self {
-        Self { header: header.clone(), end: header.whole_clusters(file_len) }
+        Self { header: header.clone(), end: header.whole_clusters(file_len), expects_backing: false }
     }
 
     /// For a fresh image: header and L1 table.
     pub(super) fn fresh(header: Header) -> Self {
-        Self { end: header.header_len() + header.table_len(), header }
+        Self { end: header.header_len() + header.table_len(), header, expects_backing: false }
     }
 
     pub(super) fn header(&self) -> &Header {
@@ -74,6 +76,10 @@ impl Layout {
         let end = at.checked_add(len).filter(|&end| i64::try_from(end).is_ok());
         self.end = end.ok_or(Error::new(ErrorKind::NoSpace))?;
         Ok(at)
+    }
+
+    pub(super) fn expect_backing(&mut self) {
+        self.expects_backing = true;
     }
 
     /// Names another backing file, or none; the header says so once it is put.
@@ -152,7 +158,7 @@ impl Allocate for Layout {
     }
 
     fn has_backing(&self) -> bool {
-        self.header.backing_file.is_some()
+        self.expects_backing || self.header.backing_file.is_some()
     }
 
     fn end(&self) -> u64 {

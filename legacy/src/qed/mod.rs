@@ -94,6 +94,12 @@ impl<D: BlockWrite> Writer<D> {
         Ok(self.store.file_mut().flush()?)
     }
 
+    /// The image will get another backing file ([`set_backing`](Self::set_backing)): from now on, zeroes are written where nothing is
+    /// allocated, too, also if it has none yet.
+    pub fn expect_backing(&mut self) {
+        self.format.expect_backing();
+    }
+
     /// Names another backing file, or none (an empty name). What the image shares with the old one is not copied.
     ///
     /// # Errors

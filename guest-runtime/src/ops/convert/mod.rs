@@ -121,7 +121,7 @@ fn part(mut layers: Vec<Box<dyn Layer>>, blocks: &Blocks) -> Result<(Box<dyn Lay
     let start = blocks.skip.checked_mul(blocks.size).filter(|&start| start <= end);
     let range = start.unwrap_or(end)..end;
     if range == (0..source.size()) {
-        return Ok((join(alloc::vec![source])?, false));
+        return Ok((join(alloc::vec![source])?, start.is_none()));
     }
     let part = Part::new(source, range).map_err(|error| block(Step::Read, None, 0, error))?;
     // Padded to whole sectors.
