@@ -175,13 +175,15 @@ pub enum Operands {
     Anywhere,
     /// The first operand ends the options.
     EndOptions,
+    /// Options may follow operands; a negative number right behind the first operand is another one.
+    WithNumber,
 }
 
 /// Parses `args` by `table`. The complaint in [`Parsed::error`] comes after the options that precede it, so that a
 /// caller can act on those first, as a getopt loop does.
 pub fn parse(table: &[Opt], args: &[String], operands: Operands) -> Parsed {
     let mut parsed = Parsed::default();
-    let mut rest = args.iter();
+    let mut rest = args.iter().peekable();
     while let Some(arg) = rest.next() {
         let step = match arg.as_str() {
             "--" => {
@@ -196,6 +198,9 @@ pub fn parse(table: &[Opt], args: &[String], operands: Operands) -> Parsed {
                     parsed.operands.extend(rest.cloned());
                     break;
                 }
+                if operands == Operands::WithNumber && parsed.operands.len() == 1 {
+                    parsed.operands.extend(rest.next_if(|next| is_negative(next)).cloned());
+                }
                 continue;
             }
         };
@@ -209,6 +214,11 @@ pub fn parse(table: &[Opt], args: &[String], operands: Operands) -> Parsed {
         }
     }
     parsed
+}
+
+/// `-5`, `-1M`.
+fn is_negative(text: &str) -> bool {
+    text.strip_prefix('-').is_some_and(|number| number.starts_with(|first: char| first.is_ascii_digit()))
 }
 
 type Step<T> = Result<T, (Vec<Found>, String)>;
@@ -362,6 +372,21 @@ mod tests {
         let parsed = run(&["-hx"]);
         assert_eq!(parsed.options, [(Key::Help, None)]);
         assert!(parsed.error.is_some());
+    }
+
+    #[test]
+    fn a_negative_number_may_follow_the_first_operand() {
+        let run = |args: &[&str]| {
+            let args: Vec<String> = args.iter().map(|arg| (*arg).to_owned()).collect();
+            parse(TABLE, &args, Operands::WithNumber)
+        };
+        let parsed = run(&["-b", "a", "-1M", "-U"]);
+        assert_eq!((parsed.options.len(), parsed.error), (2, None));
+        assert_eq!(parsed.operands, ["a", "-1M"]);
+        assert_eq!(run(&["-b", "-1M", "a"]).error.unwrap(), "invalid option -- '1'");
+        assert_eq!(run(&["a", "b", "-1M"]).error.unwrap(), "invalid option -- '1'");
+        assert_eq!(run(&["a", "-U", "-1M"]).error.unwrap(), "invalid option -- '1'");
+        assert_eq!(run(&["a", "--", "-1M"]).operands, ["a", "-1M"]);
     }
 
     #[test]

@@ -118,13 +118,20 @@ impl Edit<'_> {
         files.open_to_change(machine, self.image)
     }
 
-    /// Warns of an image that is changed, that turned out to be raw, and that nobody called raw: what a guest writes into it may
-    /// make it look like another format.
+    /// See [`warn_of_raw`].
     pub fn warn_of_raw(&self, format: Format) {
-        if self.writable && self.image.format == Format::Unknown && format == Format::Raw {
-            // Nothing can be done about a standard error that is closed.
-            let _ = std::io::stderr().write_all(messages::edit::raw_guessed(&self.image.shown).as_bytes());
+        if self.writable {
+            warn_of_raw(self.image, format);
         }
+    }
+}
+
+/// Warns of an image that is changed, that turned out to be raw, and that nobody called raw: what a guest writes into it may make it look
+/// like another format.
+pub fn warn_of_raw(image: &ImageSpec, format: Format) {
+    if image.format == Format::Unknown && format == Format::Raw {
+        // Nothing can be done about a standard error that is closed.
+        let _ = std::io::stderr().write_all(messages::edit::raw_guessed(&image.shown).as_bytes());
     }
 }
 

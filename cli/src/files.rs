@@ -510,10 +510,7 @@ impl Files {
     /// Puts a problem with the file `device` into the words of the image that the operator named: that image's device, and
     /// the problem with one `Could not open backing file` for each step on the way.
     pub fn seen_from_the_top(&self, device: u32, problem: Problem) -> (u32, Problem) {
-        let (mut device, mut problem) = (device, problem);
-        if let Some(record) = self.records.get(&device) {
-            problem = problem.of_image_in(&record.child.clone().unwrap_or_else(|| record.shown()));
-        }
+        let (mut device, mut problem) = (device, self.worded(device, problem));
         while let Some(record) = self.records.get(&device) {
             match record.origin {
                 Origin::Operator => break,
@@ -525,6 +522,14 @@ impl Files {
             }
         }
         (device, problem)
+    }
+
+    /// A problem with the image on a device, in which its file is named where that is all there is to say.
+    pub fn worded(&self, device: u32, problem: Problem) -> Problem {
+        match self.records.get(&device) {
+            Some(record) => problem.of_image_in(&record.child.clone().unwrap_or_else(|| record.shown())),
+            None => problem,
+        }
     }
 
     /// The last refusal in the words of the image that the operator named.

@@ -216,6 +216,9 @@ impl<D: BlockWrite> Writer<D> {
     /// # Errors
     /// Most of [`BitmapError`].
     pub fn add_new_bitmap(&self, bitmaps: &mut Bitmaps, name: &[u8], granularity_bits: u8) -> Result<()> {
+        if granularity_bits < MIN_BITMAP_GRANULARITY_BITS {
+            return Err(BitmapError::Granularity.into());
+        }
         if bitmaps.find(name).is_ok() {
             return Err(BitmapError::Exists.into());
         }

@@ -10,6 +10,7 @@ use instar_guest_protocol::message::{
 use super::{CommandLine, Settings, is_cache_mode};
 use crate::args::{Key, Opt};
 use crate::config::Output;
+use crate::edit::warn_of_raw;
 use crate::formats;
 use crate::image_opts::ImageSpec;
 use crate::messages;
@@ -89,6 +90,9 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
     }
     let image = ImageSpec::of_operand(file, arguments.image_opts, arguments.format.as_deref())?;
     let reply = check(&settings, &arguments, &image)?;
+    if arguments.leaks || arguments.corruptions {
+        warn_of_raw(&image, reply.format());
+    }
     if !reply.supported {
         return Err(Fail::from("This image format does not support checks").with_status(NOT_CHECKED));
     }

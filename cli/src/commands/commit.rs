@@ -90,7 +90,7 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
         base: arguments.base.as_deref(),
         problem: None,
         asked: false,
-        line: ProgressLine::start(show),
+        line: ProgressLine::prepare(show),
         pace: Pace::start(arguments.rate),
     };
     let request = CommitRequest {
@@ -104,6 +104,9 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
     };
     let done =
         edit.run_attended(threads, |image, _| Operation::Commit(CommitRequest { image, ..request }), &mut attendant);
+    if done.is_ok() {
+        attendant.line.begin();
+    }
     let fail = match done {
         Ok(Ok(_)) => {
             attendant.line.complete();

@@ -12,7 +12,7 @@ use crate::image_opts::ImageSpec;
 use crate::messages;
 use crate::output::json;
 use crate::output::node::Node;
-use crate::output::progress::ProgressLine;
+use crate::output::progress::{ProgressLine, Show};
 use crate::program::{Fail, Outcome, Program, print};
 use crate::query::{Listener, Query, Unanswered};
 use crate::sandbox::Work;
@@ -87,21 +87,12 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
     let [first, second] = operands.as_slice() else {
         return Err(Fail::Usage("Expecting two image file names".to_owned()));
     };
-    if let Some(mode) = arguments.cache.as_deref().filter(|mode| !is_cache_mode(mode)) {
-        return Err(Fail::from(format!("Invalid source cache option: {mode}")).with_status(UNOPENED));
-    }
-    let spec = |name: &str, format: &Option<String>| {
-        let spec = ImageSpec::of_operand(name, arguments.image_opts, format.as_deref());
-        spec.map_err(|problem| Fail::from(problem).with_status(UNOPENED))
-    };
-    let mut progress = Shown(ProgressLine::start(settings.progress(arguments.progress, arguments.quiet)));
-    let told = spec(first, &arguments.formats[0])
-        .and_then(|first| Ok((first, spec(second, &arguments.formats[1])?)))
-        .and_then(|(first, second)| compare(&settings, &arguments, &first, &second, &mut progress));
-    let told = match told {
+    let mut progress = Shown(ProgressLine::prepare(settings.progress(arguments.progress, arguments.quiet)));
+    let told = match compare_named(&settings, &arguments, [first, second], &mut progress) {
         Ok(reply) => tell(&settings, &arguments, &reply),
         Err(fail) => Err(fail),
     };
+    progress.0.give_up();
     if let Err(fail) = told {
         // Before the line feed that ends the progress line, as qemu-img does.
         program.report(&fail, Some("compare"));
@@ -110,7 +101,36 @@ pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcom
     Ok(())
 }
 
+/// Opens and compares the images of these names.
+fn compare_named(
+    settings: &Settings,
+    arguments: &Arguments,
+    [first, second]: [&str; 2],
+    progress: &mut Shown,
+) -> Result<CompareReply, Fail> {
+    if let Some(mode) = arguments.cache.as_deref().filter(|mode| !is_cache_mode(mode)) {
+        return Err(Fail::from(format!("Invalid source cache option: {mode}")).with_status(UNOPENED));
+    }
+    let spec = |name: &str, format: &Option<String>| {
+        let spec = ImageSpec::of_operand(name, arguments.image_opts, format.as_deref());
+        spec.map_err(|problem| Fail::from(problem).with_status(UNOPENED))
+    };
+    let first = spec(first, &arguments.formats[0])?;
+    let second = match spec(second, &arguments.formats[1]) {
+        Ok(second) => second,
+        // Once the first one is known to be good.
+        Err(fail) => return compare(settings, arguments, &first, &first, &mut Shown::nothing()).and(Err(fail)),
+    };
+    compare(settings, arguments, &first, &second, progress)
+}
+
 struct Shown(ProgressLine);
+
+impl Shown {
+    fn nothing() -> Self {
+        Self(ProgressLine::prepare(Show::Nothing))
+    }
+}
 
 impl Listener for Shown {
     fn progress(&mut self, progress: &Progress) {
@@ -138,9 +158,14 @@ fn compare(
         },
         progress,
     );
+    if !matches!(answer, Err(Unanswered::Unopened(_))) {
+        progress.0.begin();
+    }
     match answer {
         Ok(reply::Result::Compare(reply)) => {
-            progress.0.complete();
+            if reply.mismatch.is_none() && reply.first_size > 0 && reply.first_size == reply.second_size {
+                progress.0.complete_once();
+            }
             Ok(reply)
         }
         Ok(_) => Err("The sandboxed parser sent something that makes no sense".into()),

@@ -207,7 +207,7 @@ impl Run {
         }
         let device = failure.device.unwrap_or_default();
         let problem = self.lock_problem(device).unwrap_or_else(|| messages::open_failure(failure));
-        Unopened::of(self.name_of(image, device), problem)
+        Unopened::of(self.name_of(image, device), self.files.worded(device, problem))
     }
 
     /// A problem with the locks of an image that is not raw goes before what its contents may be blamed for.

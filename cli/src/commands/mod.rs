@@ -32,12 +32,17 @@ pub struct CommandLine {
 impl CommandLine {
     /// Parses by the command's table; `own` ends it with instar's options where the program goes by its own name.
     pub fn parse(program: &Program, table: &[Opt], own: &[Opt], args: &[String]) -> Self {
+        Self::parse_as(program, table, own, args, Operands::Anywhere)
+    }
+
+    /// The same, with operands as said.
+    pub fn parse_as(program: &Program, table: &[Opt], own: &[Opt], args: &[String], operands: Operands) -> Self {
         let mut table = table.to_vec();
         if !program.is_qemu_img() {
             table.extend_from_slice(own);
             table.extend_from_slice(OWN);
         }
-        Self { parsed: args::parse(&table, args, Operands::Anywhere) }
+        Self { parsed: args::parse(&table, args, operands) }
     }
 
     /// Hands each option to `take`, then says what getopt complained about.

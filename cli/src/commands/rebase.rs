@@ -1,11 +1,11 @@
 //! `rebase`.
 
 use instar_guest_protocol::message::request::Operation;
-use instar_guest_protocol::message::{Format, OpenFile, Progress, RebaseRequest};
+use instar_guest_protocol::message::{Format, InfoRequest, OpenFile, Progress, RebaseRequest};
 
-use super::{CommandLine, Settings, is_cache_mode};
+use super::{CommandLine, Settings, info, is_cache_mode};
 use crate::args::{Key, Opt};
-use crate::edit::{Attendant, Edit};
+use crate::edit::{Attendant, Edit, warn_of_raw};
 use crate::files::{Access, Files, Record};
 use crate::formats;
 use crate::image_opts::ImageSpec;
@@ -108,7 +108,13 @@ fn rebase(settings: &Settings, arguments: &Arguments, file: &str, progress: &mut
     let name = arguments.backing();
     let format = match arguments.backing_format.as_deref() {
         None => Format::Unknown,
-        Some(text) if formats::driver(text).is_none() => return Err(format!("Invalid format name: '{text}'").into()),
+        Some(text) if formats::driver(text).is_none() => {
+            // Once the image is known to be good.
+            let access = Access { purpose: Purpose::Read, force_share: false };
+            let described = info::Run::start(settings, &image, InfoRequest::default(), access);
+            warn_of_raw(&image, described.map_err(info::Unopened::complete)?.image().format());
+            return Err(format!("Invalid format name: '{text}'").into());
+        }
         Some(text) => Format::of_driver(text.as_bytes()).unwrap_or(Format::Unknown),
     };
     let full = join_name(&image.file, name);
@@ -148,7 +154,7 @@ fn rebase(settings: &Settings, arguments: &Arguments, file: &str, progress: &mut
             if messages::motion::is_of_recording(&failure) {
                 attendant.progress.complete();
             }
-            Err(messages::motion::rebase(name, &failure).into())
+            Err(messages::motion::rebase(arguments.backing.as_deref(), &failure).into())
         }
     }
 }

@@ -4,7 +4,7 @@ use instar_guest_protocol::message::request::Operation;
 use instar_guest_protocol::message::{Cause, Failure, Format, Preallocation, ResizeRequest, SizeChange};
 
 use super::{CommandLine, Settings};
-use crate::args::{Key, Opt};
+use crate::args::{Key, Operands, Opt};
 use crate::creation;
 use crate::edit::Edit;
 use crate::image_opts::ImageSpec;
@@ -67,16 +67,11 @@ fn parse_change(text: &str) -> Result<(SizeChange, u64), Problem> {
 /// What the user is told.
 pub fn run(program: &Program, mut settings: Settings, args: &[String]) -> Outcome {
     let mut arguments = Arguments::default();
-    // The size stands last, and may look like an option.
-    let (size, rest) = match args.split_last() {
-        Some((size, rest)) if !rest.is_empty() => (Some(size), rest),
-        _ => (None, args),
-    };
-    let line = CommandLine::parse(program, OPTIONS, &[], rest);
+    let line = CommandLine::parse_as(program, OPTIONS, &[], args, Operands::WithNumber);
     let help = include_str!("help/resize.txt");
     let operands = line.walk(&mut settings, help, |key, value| arguments.take(key, value))?;
     let Some(operands) = operands else { return Ok(()) };
-    let (Some(size), [file, more @ ..]) = (size, operands.as_slice()) else {
+    let [file, size, more @ ..] = operands.as_slice() else {
         return Err(Fail::Usage("Expecting image file name and size".to_owned()));
     };
     if !more.is_empty() {

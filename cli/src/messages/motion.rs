@@ -56,8 +56,9 @@ pub fn resize_warning(failure: &Failure) -> Option<&'static str> {
     )
 }
 
-/// Why an image did not get the backing file `name`.
-pub fn rebase(name: &str, failure: &Failure) -> Problem {
+/// Why an image did not get the backing file `name`, or none.
+pub fn rebase(name: Option<&str>, failure: &Failure) -> Problem {
+    let name = name.unwrap_or("(null)");
     let within = |text: String| Problem::new(format!("Could not change the backing file to '{name}': {text}"));
     match (failure.step(), failure.cause()) {
         (_, Cause::CompressionUnsupported) => Problem::new("Compression not supported for this file format"),
@@ -150,7 +151,7 @@ mod tests {
         for value in [99, u64::MAX] {
             let failure = Failure { cause: 121, step: 999, value, ..Failure::default() };
             resize(&failure);
-            rebase("b", &failure);
+            rebase(Some("b"), &failure);
             commit(None, "t", &Failure { cause: 128, ..failure.clone() });
             bench(&failure);
         }

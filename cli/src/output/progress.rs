@@ -29,6 +29,8 @@ pub enum Show {
 pub struct ProgressLine {
     show: Show,
     last: f64,
+    /// Zero was shown, or the line is to end without that.
+    begun: bool,
     since: Instant,
     /// SIGUSR1 came.
     wanted: Arc<AtomicBool>,
@@ -37,14 +39,32 @@ pub struct ProgressLine {
 impl ProgressLine {
     /// Starts at zero.
     pub fn start(show: Show) -> Self {
+        let mut line = Self::prepare(show);
+        line.begin();
+        line
+    }
+
+    /// Shows nothing before the work begins, which is told by [`begin`](Self::begin) or by progress.
+    pub fn prepare(show: Show) -> Self {
         let wanted = Arc::new(AtomicBool::new(false));
         if show == Show::Nothing {
             // Without the handler the signal would end the program; that it can't be installed changes nothing else.
             let _ = signal_hook::flag::register(SIGUSR1, wanted.clone());
         }
-        let mut line = Self { show, last: 0.0, since: Instant::now(), wanted };
-        line.print(0.0, 0, 0);
-        line
+        Self { show, last: 0.0, begun: false, since: Instant::now(), wanted }
+    }
+
+    /// The work begins.
+    pub fn begin(&mut self) {
+        if !self.begun {
+            self.begun = true;
+            self.print(0.0, 0, 0);
+        }
+    }
+
+    /// There is nothing to be shown but the end of the line.
+    pub fn give_up(&mut self) {
+        self.begun = true;
     }
 
     /// Is anything shown all the time?
@@ -54,6 +74,7 @@ impl ProgressLine {
 
     /// Tells how far the work is, in bytes.
     pub fn update(&mut self, done: u64, total: u64) {
+        self.begin();
         let percent = match total {
             0 => 100.0,
             total => (done.min(total) as f64) * 100.0 / (total as f64),
@@ -75,8 +96,16 @@ impl ProgressLine {
 
     /// The work is done.
     pub fn complete(&mut self) {
+        self.begin();
         self.last = 100.0;
         self.print(100.0, 0, 0);
+    }
+
+    /// The work is done, all of which was told as progress.
+    pub fn complete_once(&mut self) {
+        if self.last < 100.0 {
+            self.complete();
+        }
     }
 
     /// The caller ends the line.
@@ -116,6 +145,7 @@ fn bar(percent: f64, done: u64, total: u64, seconds: f64) -> String {
 impl Drop for ProgressLine {
     fn drop(&mut self) {
         match self.show {
+            _ if !self.begun => {}
             Show::Nothing => {}
             Show::Percent => {
                 let mut out = io::stdout().lock();

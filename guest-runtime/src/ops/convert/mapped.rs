@@ -159,7 +159,10 @@ impl<P: Platform> MappedTarget<P> {
                         false => !sparse.allocate_all() && is_zero(&bytes[at..at + len]),
                     };
                     let kind = if zero { PieceKind::Zeroes } else { PieceKind::Data { at } };
-                    push_joined(&mut pieces, Piece { offset, len: len as u64, kind });
+                    // The user says that nothing need be done where an existing image is to be zero.
+                    if !zero || !self.existing || !self.zero_init {
+                        push_joined(&mut pieces, Piece { offset, len: len as u64, kind });
+                    }
                 }
                 at += len;
             }

@@ -150,6 +150,9 @@ fn work<P: Platform>(platform: &P, plan: &Lock<Plan<P>>, total: u64, step: u64) 
             Ok(Some(offset)) => plan.found(Mismatch { offset, allocation: false }),
             Err(fault) => plan.failed(fault),
         }
+        if plan.mismatch.is_some() {
+            continue;
+        }
         plan.done += piece.len;
         let done = plan.done;
         if done > plan.told && (done - plan.told >= step || (done >= total && step < HIDDEN_STEP)) {
