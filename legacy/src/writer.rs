@@ -75,12 +75,16 @@ pub trait Allocate: Map {
         Ok(false)
     }
 
-    /// Changes the size of the disk.
+    /// The disk can get another size, in this format and by QEMU.
+    const RESIZES: bool = false;
+
+    /// Changes the size of the disk, where that is possible.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] where the format or QEMU can't.
+    /// A size that can't be.
     fn set_size(&mut self, size: u64) -> Result<()> {
-        if size == self.size() { Ok(()) } else { Err(Error::new(ErrorKind::Unsupported)) }
+        let _ = size;
+        Ok(())
     }
 
     /// What is to be noted in the header before the first change of an existing image.
@@ -296,7 +300,8 @@ impl<D: BlockWrite, F: Allocate> Writer<D, F> {
                 false => Ok(()),
             };
         }
-        let whole = from == 0 && to == self.unit_len(index);
+        // QEMU does not take the last unit for a whole one where the disk ends inside of it.
+        let whole = from == 0 && to == self.format.unit();
         if whole
             && mode == ZeroMode::Unmap
             && old == Some(Run::Unallocated)
@@ -478,6 +483,10 @@ impl<D: BlockWrite, F: Allocate> BlockWrite for Writer<D, F> {
     }
 
     fn set_size(&mut self, size: u64) -> Result<()> {
+        // What is refused leaves no trace.
+        if !F::RESIZES && size != self.size() {
+            return Err(Error::new(ErrorKind::Unsupported));
+        }
         self.begin()?;
         self.format.set_size(size)
     }

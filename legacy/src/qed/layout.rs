@@ -201,6 +201,8 @@ impl Allocate for Layout {
         Ok(true)
     }
 
+    const RESIZES: bool = true;
+
     fn set_size(&mut self, size: u64) -> Result<()> {
         let old = self.header.image_size;
         if size < old {
