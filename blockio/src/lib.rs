@@ -61,4 +61,4 @@ pub use traits::{
     ZeroMode,
 };
 pub use window::Window;
-pub use zero::{data_runs, is_zero};
+pub use zero::{data_runs, is_zero, zeroed};

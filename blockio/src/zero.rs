@@ -1,9 +1,28 @@
-//! Finding zeros in buffers.
+//! Zeroes in buffers.
 
+use alloc::vec::Vec;
 use core::ops::Range;
+
+use crate::error::{Error, ErrorKind, Result};
 
 /// Bytes tested between two looks at the result: as many as fill a few vector registers.
 const CHUNK: usize = 256;
+
+/// A buffer of `len` zeroes. A length that comes from an image may be more than there is memory for.
+///
+/// ```
+/// assert_eq!(instar_blockio::zeroed(3).unwrap(), [0, 0, 0]);
+/// assert!(instar_blockio::zeroed(usize::MAX).is_err());
+/// ```
+///
+/// # Errors
+/// [`ErrorKind::OutOfMemory`].
+pub fn zeroed(len: usize) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    bytes.try_reserve_exact(len).map_err(|_| Error::new(ErrorKind::OutOfMemory))?;
+    bytes.resize(len, 0);
+    Ok(bytes)
+}
 
 /// Whether all bytes are zero. An empty buffer is.
 ///

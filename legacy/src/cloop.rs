@@ -132,7 +132,7 @@ impl Layout {
         // Behind the end of the file all are 0: the first of these tells as much as all.
         let inside = file.size().saturating_sub(OFFSETS).div_ceil(8);
         let looked_at = count.min(inside + 1);
-        let mut piece = crate::store::zeroed(PIECE)?;
+        let mut piece = instar_blockio::zeroed(PIECE)?;
         let (mut index, mut before) = (0, 0);
         while index < looked_at {
             let len = ((looked_at - index) * 8).min(PIECE as u64) as usize;

@@ -7,11 +7,11 @@ use core::fmt;
 
 use instar_blockio::{
     BlockMap, BlockRead, Codec, CompressedRun, Error, ErrorKind, Extent, ExtentKind, FileId, Result, SectorCipher,
-    check_range, read_encrypted,
+    check_range, read_encrypted, zeroed,
 };
 use instar_codec::Decoder;
 
-use crate::store::{Store, read_padded, zeroed};
+use crate::store::{Store, read_padded};
 
 /// How an image is opened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -6,7 +6,7 @@
 use alloc::vec::Vec;
 use core::cell::RefCell;
 
-use instar_blockio::{BlockRead, BlockWrite, Error, ErrorKind, ReadPart, Result, ZeroMode, is_zero};
+use instar_blockio::{BlockRead, BlockWrite, Error, ErrorKind, ReadPart, Result, ZeroMode, is_zero, zeroed};
 
 /// Bytes of a page.
 const PAGE: usize = 64 << 10;
@@ -299,14 +299,6 @@ fn sectors(skip: usize, len: usize) -> u128 {
 
 fn run_of_bits(first: u32, count: u32) -> u128 {
     (u128::MAX >> (128 - count)) << first
-}
-
-/// A vector of zeroes, or an error where memory is short.
-pub fn zeroed(len: usize) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    bytes.try_reserve_exact(len).map_err(|_| Error::new(ErrorKind::OutOfMemory))?;
-    bytes.resize(len, 0);
-    Ok(bytes)
 }
 
 /// Reads data of a file, zero behind its end.

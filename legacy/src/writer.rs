@@ -7,11 +7,11 @@ use core::fmt;
 
 use instar_blockio::{
     BlockAlloc, BlockMap, BlockRead, BlockWrite, Error, ErrorKind, Extent, FileId, Limits, Reservation, Result,
-    ZeroMode, check_range,
+    ZeroMode, check_range, zeroed,
 };
 
 use crate::image::{Map, Run, Unpacked, extent, read};
-use crate::store::{Store, zeroed};
+use crate::store::Store;
 
 /// Units of a reservation at most.
 const MAX_UNITS: u64 = 8192;

@@ -11,13 +11,13 @@ mod fork;
 
 use alloc::vec::Vec;
 
-use instar_blockio::{BlockWrite, Error, ErrorKind, Result};
+use instar_blockio::{BlockWrite, Error, ErrorKind, Result, zeroed};
 
 use crate::addr::Geometry;
 use crate::cache::TableCache;
 use crate::format::MAX_REFCOUNT_TABLE_BYTES;
 use crate::refcount::{blocks_needed, count_at, max_count, set_count};
-use crate::store::{Store, zeroed};
+use crate::store::Store;
 
 /// Memory for refcount blocks, bytes.
 const CACHE_LEN: usize = 2 << 20;

@@ -9,7 +9,7 @@ use alloc::vec::Vec;
 use core::fmt;
 use core::ops::Range;
 
-use instar_blockio::{BlockWrite, ErrorKind};
+use instar_blockio::{BlockWrite, ErrorKind, zeroed};
 use zerocopy::IntoBytes;
 
 use crate::addr::HostOffset;
@@ -22,7 +22,6 @@ use crate::format::{
 };
 use crate::header::Autoclear;
 use crate::pages::Pages;
-use crate::store::zeroed;
 use crate::write::Writer;
 
 /// Why a bitmap can't be changed as wanted.

@@ -2,7 +2,7 @@
 
 use alloc::vec::Vec;
 
-use instar_blockio::{self as blockio, BlockRead, BlockWrite, ErrorKind};
+use instar_blockio::{self as blockio, BlockRead, BlockWrite, ErrorKind, zeroed};
 use zerocopy::IntoBytes;
 
 use crate::addr::HostOffset;
@@ -14,7 +14,6 @@ use crate::format::{
     MIN_BITMAP_GRANULARITY_BITS, RawBitmap,
 };
 use crate::header::Autoclear;
-use crate::store::zeroed;
 use crate::write::Writer;
 
 /// Directory flag: writers must track changes in this bitmap.

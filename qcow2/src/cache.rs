@@ -7,9 +7,9 @@ use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 use core::ops::Range;
 
-use instar_blockio::{BlockWrite, Error, ErrorKind, Result, WritePart};
+use instar_blockio::{BlockWrite, Error, ErrorKind, Result, WritePart, zeroed};
 
-use crate::store::{Store, zeroed};
+use crate::store::Store;
 
 /// Tables are read and written in multiples of this many bytes (a cluster has at least as many).
 const SECTOR: usize = 512;

@@ -2,12 +2,13 @@
 
 use alloc::sync::Arc;
 
-use instar_blockio::{self as blockio, BlockWrite, Error, ErrorKind, ExtentKind, FileId, SectorCipher, read_encrypted};
+use instar_blockio::{
+    self as blockio, BlockWrite, Error, ErrorKind, ExtentKind, FileId, SectorCipher, read_encrypted, zeroed,
+};
 
 use crate::addr::HostOffset;
 use crate::error::Error as ImageError;
 use crate::header::EncryptionMethod;
-use crate::store::zeroed;
 use crate::write::Writer;
 
 /// Longest run of zeroes that is encrypted at once, bytes.

@@ -12,7 +12,7 @@
 
 use alloc::vec::Vec;
 
-use instar_blockio::{self as blockio, BlockWrite};
+use instar_blockio::{self as blockio, BlockWrite, zeroed};
 
 use crate::addr::HostOffset;
 use crate::allocator::Span;
@@ -23,7 +23,6 @@ use crate::header::EncryptionMethod;
 use crate::l1::L1Entry;
 use crate::l2::L2Entry;
 use crate::refcount::set_count;
-use crate::store::zeroed;
 use crate::write::{L2_CACHE_LEN, Writer, is_unallocated};
 
 /// Header fields from the place of the L1 table to the size of the refcount table.

@@ -4,7 +4,7 @@ use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 use core::cell::RefCell;
 
-use instar_blockio::{BlockRead, Error, ErrorKind, ReadPart, Result};
+use instar_blockio::{BlockRead, Error, ErrorKind, ReadPart, Result, zeroed};
 
 /// Bytes read at a time, unless the tables are smaller. Large enough that a table of common clusters is one request.
 pub(crate) const PAGE: usize = 64 << 10;
@@ -177,14 +177,6 @@ impl Kept {
         }
         self.pages.entry(number).or_insert(page)
     }
-}
-
-/// A vector of zeroes, or an error where memory is short.
-pub(crate) fn zeroed(len: usize) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    bytes.try_reserve_exact(len).map_err(|_| Error::new(ErrorKind::OutOfMemory))?;
-    bytes.resize(len, 0);
-    Ok(bytes)
 }
 
 #[cfg(test)]

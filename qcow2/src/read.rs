@@ -4,14 +4,13 @@ use alloc::vec::Vec;
 
 use instar_blockio::{
     BlockRead, CompressedRun, Error as BlockError, ErrorKind, ExtentKind, FileId, Result as BlockResult, check_range,
-    read_encrypted,
+    read_encrypted, zeroed,
 };
 use instar_codec::Decoder;
 
 use crate::addr::HostOffset;
 use crate::error::{Corruption, Error, Result};
 use crate::open::Image;
-use crate::pages::zeroed;
 
 /// Decompresses, and keeps the last cluster: a reader of small pieces needs it again.
 #[derive(Default)]

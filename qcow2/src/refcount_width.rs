@@ -2,14 +2,13 @@
 
 use alloc::vec::Vec;
 
-use instar_blockio::{BlockWrite, Error as BlockError, ErrorKind};
+use instar_blockio::{BlockWrite, Error as BlockError, ErrorKind, zeroed};
 
 use crate::addr::Geometry;
 use crate::amend::{AmendError, Steps};
 use crate::error::{Error, Result};
 use crate::format::MAX_REFCOUNT_TABLE_BYTES;
 use crate::refcount::{max_count, set_count};
-use crate::store::zeroed;
 use crate::write::Writer;
 
 impl<D: BlockWrite> Writer<D> {

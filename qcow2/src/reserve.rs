@@ -6,12 +6,11 @@
 
 use alloc::vec::Vec;
 
-use instar_blockio::{BlockAlloc, BlockRead, BlockWrite, Error, ErrorKind, Reservation, Result, check_range};
+use instar_blockio::{BlockAlloc, BlockRead, BlockWrite, Error, ErrorKind, Reservation, Result, check_range, zeroed};
 
 use crate::addr::{GuestOffset, HostOffset};
 use crate::allocator::Span;
 use crate::l2::{L2Entry, SubclusterState, Subclusters};
-use crate::store::zeroed;
 use crate::write::Writer;
 
 /// Longest reservation before rounding down to clusters, bytes (QEMU's limit for a request).

@@ -16,7 +16,7 @@ use core::ops::Range;
 
 use instar_blockio::{
     self as blockio, BlockAlloc, BlockMap, BlockRead, BlockWrite, Error as IoError, ErrorKind, ExtentKind, ZeroMode,
-    is_zero,
+    is_zero, zeroed,
 };
 
 use crate::addr::GuestOffset;
@@ -26,7 +26,6 @@ use crate::error::{Error, Result};
 use crate::format::MAX_L1_BYTES;
 use crate::l1::L1Entry;
 use crate::l2::{L2Entry, SubclusterState};
-use crate::store::zeroed;
 use crate::write::{SIZE_FIELD, Writer, is_unallocated};
 
 /// Sizes are multiples of this, bytes.

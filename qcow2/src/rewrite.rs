@@ -15,13 +15,12 @@
 
 use alloc::vec::Vec;
 
-use instar_blockio::{self as blockio, BlockWrite};
+use instar_blockio::{self as blockio, BlockWrite, zeroed};
 
 use crate::error::Error;
 use crate::extension::FeatureName;
 use crate::format::{HEADER_LEN, HEADER_LEN_V2, MAX_CLUSTER_WITHOUT_NAMES, RawHeader};
 use crate::header::Header;
-use crate::store::zeroed;
 use crate::write::Writer;
 
 /// What a device writes as a whole, bytes.

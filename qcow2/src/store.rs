@@ -2,7 +2,7 @@
 
 use alloc::vec::Vec;
 
-use instar_blockio::{BlockWrite, Error, ErrorKind, FileId, Result, WritePart};
+use instar_blockio::{BlockWrite, ErrorKind, FileId, Result, WritePart, zeroed};
 
 /// A file below the image: the image file itself or its external data file.
 ///
@@ -147,13 +147,5 @@ fn be_bytes(words: &[u64]) -> Result<Vec<u8>> {
     for (to, from) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(words) {
         *to = from.to_be_bytes();
     }
-    Ok(bytes)
-}
-
-/// A vector of zeroes, or an error where memory is short.
-pub(crate) fn zeroed(len: usize) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    bytes.try_reserve_exact(len).map_err(|_| Error::new(ErrorKind::OutOfMemory))?;
-    bytes.resize(len, 0);
     Ok(bytes)
 }

@@ -5,7 +5,7 @@
 
 use alloc::vec::Vec;
 
-use instar_blockio::{self as blockio, BlockWrite, Error, ErrorKind};
+use instar_blockio::{self as blockio, BlockWrite, Error, ErrorKind, zeroed};
 
 use crate::addr::{GuestOffset, HostOffset};
 use crate::allocator::Span;
@@ -13,7 +13,6 @@ use crate::error::Corruption;
 use crate::fork::Fork;
 use crate::l1::L1Entry;
 use crate::l2::L2Entry;
-use crate::store::zeroed;
 use crate::write::{Writer, corrupt};
 
 /// L1 entries that are read at once.

@@ -16,7 +16,7 @@ use core::ops::Range;
 
 use instar_blockio::{
     self as blockio, BlockAlloc, BlockMap, BlockRead, BlockWrite, Codec, CompressedRun, Error, ErrorKind, Extent,
-    ExtentKind, FileId, Limits, SectorCipher, ZeroMode, check_range,
+    ExtentKind, FileId, Limits, SectorCipher, ZeroMode, check_range, zeroed,
 };
 
 use instar_codec::Decoder;
@@ -34,7 +34,7 @@ use crate::l1::L1Entry;
 use crate::l2::{L2Entry, L2Format, SubclusterState, Subclusters};
 use crate::record::Record;
 use crate::reserve::Reserved;
-use crate::store::{Store, zeroed};
+use crate::store::Store;
 
 /// Memory for L2 tables, bytes: 64 GiB of disk with clusters of 64 KiB.
 pub(crate) const L2_CACHE_LEN: usize = 8 << 20;

@@ -1,10 +1,9 @@
 //! Zeroes and discards.
 
-use instar_blockio::{BlockAlloc, BlockRead, BlockWrite, Error, ErrorKind, Result, ZeroMode, check_range};
+use instar_blockio::{BlockAlloc, BlockRead, BlockWrite, Error, ErrorKind, Result, ZeroMode, check_range, zeroed};
 
 use crate::header::Autoclear;
 use crate::l2::{L2Entry, SubclusterState, Subclusters};
-use crate::store::zeroed;
 use crate::write::{Writer, zero_entry};
 
 /// Longest write of zeroes as data, bytes, unless a cluster is longer.

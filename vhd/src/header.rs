@@ -3,12 +3,12 @@
 use alloc::string::String;
 use alloc::vec::Vec;
 
-use instar_blockio::BlockRead;
+use instar_blockio::{BlockRead, zeroed};
 
 use crate::error::{Error, Result};
 use crate::footer::{bytes_at, checksum};
 use crate::locator::{ParentLocator, bare_name, utf16_be};
-use crate::pages::{read_padded, zeroed};
+use crate::pages::read_padded;
 
 /// Bytes of the header.
 pub(crate) const HEADER: usize = 1024;

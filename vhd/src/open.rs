@@ -3,13 +3,13 @@
 use alloc::string::String;
 use alloc::vec::Vec;
 
-use instar_blockio::{BlockRead, FileId};
+use instar_blockio::{BlockRead, FileId, zeroed};
 
 use crate::error::{Error, Result};
 use crate::footer::{DiskType, FOOTER, Footer, has_mark, is_good};
 use crate::geometry::{Geometry, MAX_SECTORS, SECTOR};
 use crate::header::Header;
-use crate::pages::{Pages, read_padded, zeroed};
+use crate::pages::{Pages, read_padded};
 
 /// Table entry of a block that has no place.
 pub(crate) const NO_BLOCK: u32 = u32::MAX;

@@ -8,7 +8,7 @@ use alloc::vec::Vec;
 
 use instar_blockio::{
     BlockAlloc, BlockMap, BlockRead, BlockWrite, Error as BlockError, ErrorKind, Extent, ExtentKind, FileId, Limits,
-    Reservation, Result as BlockResult, ZeroMode, check_range,
+    Reservation, Result as BlockResult, ZeroMode, check_range, zeroed,
 };
 
 use crate::error::{Error, Result};
@@ -16,7 +16,7 @@ use crate::footer::FOOTER;
 use crate::geometry::SECTOR;
 use crate::header::{HEADER, Header};
 use crate::open::{Image, NO_BLOCK, OpenOptions, SizeRule};
-use crate::pages::{read_padded, zeroed};
+use crate::pages::read_padded;
 
 /// Entries that a table may have to be held in memory: 16 MiB.
 const MAX_WRITTEN_ENTRIES: u32 = 4 << 20;

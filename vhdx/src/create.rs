@@ -2,7 +2,7 @@
 
 use alloc::string::String;
 
-use instar_blockio::{BlockWrite, FileId};
+use instar_blockio::{BlockWrite, FileId, zeroed};
 
 use crate::bat::{ZERO, full};
 use crate::error::{Error, OptionError, Result};
@@ -14,7 +14,6 @@ use crate::geometry::Geometry;
 use crate::guid::GuidSource;
 use crate::header::Header;
 use crate::metadata::Metadata;
-use crate::pages::zeroed;
 use crate::region::{Area, Regions};
 use crate::write::{State, Writer};
 

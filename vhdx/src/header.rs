@@ -2,14 +2,13 @@
 
 use alloc::vec::Vec;
 
-use instar_blockio::{BlockRead, BlockWrite, ReadPart, Result as BlockResult};
+use instar_blockio::{BlockRead, BlockWrite, ReadPart, Result as BlockResult, zeroed};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use crate::crc::checksum;
 use crate::error::{Error, LogFault, Region, Result};
 use crate::format::{FILE_SIGNATURE, HEADER_AT, HEADER_LEN, HEADER_SECTION, HEADER_SIGNATURE, MIB, RawHeader};
 use crate::guid::Guid;
-use crate::pages::zeroed;
 
 /// The only version there is.
 const VERSION: u16 = 1;

@@ -11,7 +11,7 @@
 
 use alloc::vec::Vec;
 
-use instar_blockio::{BlockRead, BlockWrite, Error as BlockError, ErrorKind, Result as BlockResult};
+use instar_blockio::{BlockRead, BlockWrite, Error as BlockError, ErrorKind, Result as BlockResult, zeroed};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use crate::changes::{Changes, DataAt};
@@ -23,7 +23,7 @@ use crate::format::{
 };
 use crate::guid::Guid;
 use crate::header::Header;
-use crate::pages::{read_padded, zeroed};
+use crate::pages::read_padded;
 use crate::region::Area;
 
 /// Bytes of the log looked at in one request.

@@ -2,7 +2,7 @@
 
 use alloc::vec::Vec;
 
-use instar_blockio::BlockRead;
+use instar_blockio::{BlockRead, zeroed};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use crate::error::{Error, Item, Result};
@@ -14,7 +14,7 @@ use crate::format::{
 use crate::geometry::Geometry;
 use crate::guid::Guid;
 use crate::locator::ParentLocator;
-use crate::pages::{Pages, zeroed};
+use crate::pages::Pages;
 use crate::region::Area;
 
 /// What the metadata say of the disk.

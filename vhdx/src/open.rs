@@ -1,6 +1,6 @@
 //! Opening an image, and what it says of itself.
 
-use instar_blockio::{BlockRead, BlockWrite, FileId};
+use instar_blockio::{BlockRead, BlockWrite, FileId, zeroed};
 
 use crate::bat::Rules;
 use crate::changes::{self, Replayed};
@@ -12,7 +12,7 @@ use crate::header::Header;
 use crate::locator::ParentLocator;
 use crate::log;
 use crate::metadata::Metadata;
-use crate::pages::{Pages, zeroed};
+use crate::pages::Pages;
 use crate::region::Regions;
 
 /// BAT entries that are checked when an image is opened: 16 MiB of them, enough for 64 TiB in blocks of 64 MiB. The others are

@@ -3,7 +3,7 @@
 use alloc::vec::Vec;
 use core::cell::RefCell;
 
-use instar_blockio::{BlockRead, Error, ErrorKind, Result};
+use instar_blockio::{BlockRead, Error, ErrorKind, Result, zeroed};
 
 /// Bytes read at a time: 8192 BAT entries.
 pub(crate) const PAGE: usize = 64 << 10;
@@ -113,14 +113,6 @@ pub(crate) fn read_padded<D: BlockRead + ?Sized>(file: &D, offset: u64, buf: &mu
     let (inside, behind) = buf.split_at_mut(have);
     behind.fill(0);
     if inside.is_empty() { Ok(()) } else { file.read_at(offset, inside) }
-}
-
-/// A vector of zeroes, or an error where memory is short.
-pub(crate) fn zeroed(len: usize) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    bytes.try_reserve_exact(len).map_err(|_| Error::new(ErrorKind::OutOfMemory))?;
-    bytes.resize(len, 0);
-    Ok(bytes)
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use alloc::vec::Vec;
 
-use instar_blockio::BlockRead;
+use instar_blockio::{BlockRead, zeroed};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use crate::crc::checksum;
@@ -13,7 +13,7 @@ use crate::format::{
 };
 use crate::guid::Guid;
 use crate::header::Header;
-use crate::pages::{Pages, zeroed};
+use crate::pages::Pages;
 
 /// A run of the file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -3,10 +3,10 @@
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 
-use instar_blockio::{BlockRead, Result};
+use instar_blockio::{BlockRead, Result, zeroed};
 
 use crate::format::{BAT_ENTRY, LOG_SECTOR};
-use crate::pages::{PAGE, read_padded, zeroed};
+use crate::pages::{PAGE, read_padded};
 
 /// Pages in memory, at most: 4 MiB, which describe 4 TiB in blocks of 8 MiB.
 const MAX_PAGES: usize = 64;

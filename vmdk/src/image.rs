@@ -5,14 +5,14 @@ use core::cell::RefCell;
 
 use instar_blockio::{
     BlockMap, BlockRead, CompressedRun, Error as BlockError, ErrorKind, Extent, ExtentKind, FileId,
-    Result as BlockResult, check_range,
+    Result as BlockResult, check_range, zeroed,
 };
 use instar_codec::{Decoder, Error as CodecError};
 
 use crate::descriptor::{Descriptor, ExtentLine, ExtentType, MAX_LEN, NO_PARENT};
 use crate::error::{Error, Result};
 use crate::format::{COWD_MAGIC, Fields, HOSTED_MAGIC, SECTOR};
-use crate::pages::{Pages, zeroed};
+use crate::pages::Pages;
 use crate::sparse::{Geometry, read_geometry, read_se_sparse};
 
 /// Bytes of tables kept for each file, at least two pages of 64 KiB.

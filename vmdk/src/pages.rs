@@ -3,7 +3,7 @@
 use alloc::vec::Vec;
 use core::cell::RefCell;
 
-use instar_blockio::{BlockRead, Error, ErrorKind, Result};
+use instar_blockio::{BlockRead, Error, ErrorKind, Result, zeroed};
 
 /// Bytes read at a time. Large enough that a table of common clusters is one request.
 pub(crate) const PAGE: usize = 64 << 10;
@@ -116,14 +116,6 @@ impl Kept {
         };
         Ok(&self.pages[at])
     }
-}
-
-/// A vector of zeroes, or an error where memory is short.
-pub(crate) fn zeroed(len: usize) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    bytes.try_reserve_exact(len).map_err(|_| Error::new(ErrorKind::OutOfMemory))?;
-    bytes.resize(len, 0);
-    Ok(bytes)
 }
 
 #[cfg(test)]

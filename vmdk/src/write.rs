@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 
 use instar_blockio::{
     BlockAlloc, BlockMap, BlockRead, BlockWrite, Codec, Error as BlockError, ErrorKind, Extent, ExtentKind, FileId,
-    Reservation, Result as BlockResult, ZeroMode, check_range,
+    Reservation, Result as BlockResult, ZeroMode, check_range, zeroed,
 };
 use instar_codec::Encoder;
 
@@ -13,7 +13,6 @@ use crate::create::{CreateOptions, Layout};
 use crate::error::{Error, Result};
 use crate::format::{GRAIN_SECTORS, MARKER_LEN, SECTOR, TABLE_ENTRIES, TABLE_SECTORS, ZEROED};
 use crate::image::{Image, OpenOptions};
-use crate::pages::zeroed;
 
 /// Bytes of a grain of the images that are written.
 pub const GRAIN: u64 = GRAIN_SECTORS * SECTOR;

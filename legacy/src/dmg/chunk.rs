@@ -2,11 +2,11 @@
 
 use alloc::vec::Vec;
 
-use instar_blockio::BlockRead;
+use instar_blockio::{BlockRead, zeroed};
 
 use super::Error;
 use super::trailer::Part;
-use crate::store::{read_padded, zeroed};
+use crate::store::read_padded;
 
 /// Most bytes that a chunk may take in the file (QEMU's limit).
 const MAX_LEN: u64 = 64 << 20;

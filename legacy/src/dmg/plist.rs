@@ -2,12 +2,12 @@
 
 use alloc::vec::Vec;
 
-use instar_blockio::BlockRead;
+use instar_blockio::{BlockRead, zeroed};
 
 use super::Error;
 use super::chunk::Chunks;
 use super::trailer::Part;
-use crate::store::{read_padded, zeroed};
+use crate::store::read_padded;
 
 /// Most bytes of a property list (QEMU's limit).
 const MAX_LEN: u64 = 16 << 20;

@@ -99,7 +99,7 @@ impl<D: BlockWrite> Writer<D> {
 
 /// Reads a name of the file.
 fn read_name<D: BlockRead>(file: &D, offset: u64, len: u32) -> Result<Vec<u8>, Error> {
-    let mut name = crate::store::zeroed(len as usize)?;
+    let mut name = instar_blockio::zeroed(len as usize)?;
     crate::store::read_padded(file, offset, &mut name)?;
     // To QEMU it is a C string; one that goes on behind a zero is kept whole, so that nobody follows a part of what others see.
     let end = name.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);

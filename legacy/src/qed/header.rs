@@ -1,11 +1,11 @@
 use alloc::vec::Vec;
 
-use instar_blockio::BlockRead;
+use instar_blockio::{BlockRead, zeroed};
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::Error;
-use crate::store::{SECTOR, read_padded, zeroed};
+use crate::store::{SECTOR, read_padded};
 
 /// `QED\0`.
 pub(super) const MAGIC: u32 = 0x0044_4551;

@@ -4,7 +4,7 @@ use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::vec::Vec;
 
 use instar_blockio::check::{CheckReport, Repair};
-use instar_blockio::{BlockRead, BlockWrite};
+use instar_blockio::{BlockRead, BlockWrite, zeroed};
 
 use super::Finding;
 use super::compare::Checker;
@@ -13,7 +13,6 @@ use crate::addr::Geometry;
 use crate::error::Result;
 use crate::header::Incompatible;
 use crate::open::Image;
-use crate::pages::zeroed;
 use crate::refcount::{count_at, set_count};
 
 /// Places of header fields: the refcount table's offset and length in clusters, and the incompatible features.

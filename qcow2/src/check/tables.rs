@@ -3,7 +3,7 @@
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 
-use instar_blockio::{BlockRead, ReadPart};
+use instar_blockio::{BlockRead, ReadPart, zeroed};
 
 use super::Finding;
 use super::compare::Checker;
@@ -12,7 +12,6 @@ use crate::bitmap;
 use crate::error::Result;
 use crate::format::{BITMAP_OFFSET_MASK, COPIED, L1_OFFSET_MASK, L2_COMPRESSED, L2_OFFSET_MASK, L2_ZERO, MAX_L1_BYTES};
 use crate::l2::L2Entry;
-use crate::pages::zeroed;
 use crate::snapshot;
 
 /// Reserved bits of an L1 entry.
