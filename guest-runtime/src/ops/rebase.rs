@@ -133,6 +133,7 @@ fn copy<P: Platform>(
         existing: true,
         zero_init: false,
         unit,
+        grain: 1,
         zero_by_tables: false,
         compress: compression,
         order: Lock::default(),

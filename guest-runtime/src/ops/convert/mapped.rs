@@ -32,6 +32,8 @@ pub(in crate::ops) struct MappedTarget<P: Platform> {
     pub zero_init: bool,
     /// Pieces are whole units of this many bytes; 1: any run.
     pub unit: u64,
+    /// A run of a fresh image is filled up with zeroes to multiples of this; 1: it is not.
+    pub grain: u64,
     /// A unit is zero if the tables say so, whatever its bytes are.
     pub zero_by_tables: bool,
     /// Units are stored compressed in this way.
@@ -100,7 +102,7 @@ impl<P: Platform> MappedTarget<P> {
             return Ok(());
         }
         bytes.resize(chunk.len as usize, 0);
-        let wanted = |extent: &Extent| self.whole_pieces(sparse) || holds_data(extent);
+        let wanted = |extent: &Extent| self.whole_pieces(sparse) || self.grain > 1 || holds_data(extent);
         self.with_backing(|under| fill(platform, chunk, bytes, scratch, under, wanted, Batch::default()))
     }
 
@@ -127,7 +129,7 @@ impl<P: Platform> MappedTarget<P> {
         }
         let pieces = match self.whole_pieces(sparse) {
             true => self.whole_units(chunk, sparse, &mut bytes)?,
-            false => runs(chunk, sparse, &bytes),
+            false => filled(runs(chunk, sparse, &bytes), chunk, self.grain),
         };
         let is_plain = |extent: &&Extent| matches!(extent.kind, ExtentKind::Data { .. });
         // What is encrypted has nothing in common with its source.
@@ -438,6 +440,35 @@ fn runs(chunk: &Chunk, sparse: &Sparse, bytes: &[u8]) -> Vec<Piece> {
         for run in data_runs(&bytes[span.range()], span.offset, sparse.alignment(), sparse.min_zero()) {
             let kind = PieceKind::Data { at: span.at + run.start };
             pieces.push(Piece { offset: span.offset + run.start as u64, len: run.len() as u64, kind });
+        }
+    }
+    pieces
+}
+
+/// The runs of data with the zeroes around them, up to multiples of `grain`, as far as the chunk reaches. A cluster that is only partly
+/// there has a hole of the file for each rest, and whoever reads the image must ask for them one by one.
+fn filled(runs: Vec<Piece>, chunk: &Chunk, grain: u64) -> Vec<Piece> {
+    if grain <= 1 {
+        return runs;
+    }
+    let segments = chunk.segments();
+    let mut segments = segments.iter();
+    let mut segment = segments.next();
+    let mut pieces: Vec<Piece> = Vec::with_capacity(runs.len());
+    for run in runs {
+        while segment.is_some_and(|segment| segment.offset + segment.len <= run.offset) {
+            segment = segments.next();
+        }
+        let Some(around) = segment else { break };
+        let end = (run.offset + run.len).next_multiple_of(grain).min(around.offset + around.len);
+        match pieces.last_mut() {
+            // The cluster of the run before.
+            Some(last) if last.offset + last.len > run.offset => last.len = last.len.max(end - last.offset),
+            _ => {
+                let offset = (run.offset - run.offset % grain).max(around.offset);
+                let kind = PieceKind::Data { at: around.at + (offset - around.offset) as usize };
+                push_joined(&mut pieces, Piece { offset, len: end - offset, kind });
+            }
         }
     }
     pieces

@@ -225,6 +225,12 @@ impl Planner {
         {
             extents.pop();
         }
+        if let [.., before, last] = extents.as_mut_slice()
+            && self.skips(last)
+        {
+            // The rest of the unit in which data end.
+            last.len = last.len.min(before.end().next_multiple_of(self.rules.unit) - last.offset);
+        }
     }
 
     fn extent(&self, at: u64, max_len: u64) -> Outcome<Extent> {

@@ -22,6 +22,8 @@ const CHUNK: u64 = 2 << 20;
 /// Bytes of a chunk that goes to a flat file, mostly by copy requests.
 const RAW_CHUNK: u64 = 4 << 20;
 
+/// Clusters of a new image up to this many bytes are written as a whole, as QEMU does.
+const MAX_FILLED: u64 = 64 << 10;
 /// Bytes of the granules of QEMU's dirty bitmaps.
 const GRANULES: core::ops::RangeInclusive<u64> = 4 << 10..=64 << 10;
 
@@ -96,12 +98,17 @@ impl<P: Platform> Target<P> {
             None if whole_units => image.disk().alloc_unit(),
             None => 1,
         };
+        let grain = match unit {
+            1 => Some(image.disk().alloc_unit()).filter(|&unit| unit <= MAX_FILLED).unwrap_or(1),
+            _ => 1,
+        };
         Ok(Self::Mapped(Box::new(MappedTarget {
             image: Lock::new(image),
             backing,
             existing,
             zero_init,
             unit,
+            grain,
             zero_by_tables: false,
             compress,
             cipher,
@@ -128,6 +135,7 @@ impl<P: Platform> Target<P> {
             TargetImage::Mapped(image) => Self::Mapped(Box::new(MappedTarget {
                 // QEMU's commit works by the granules of a dirty bitmap, and looks into none of them.
                 unit: image.disk().alloc_unit().max(image.cluster_size().clamp(*GRANULES.start(), *GRANULES.end())),
+                grain: 1,
                 zero_by_tables: true,
                 cipher: image.contents_cipher().cloned(),
                 image: Lock::new(image),
@@ -156,7 +164,7 @@ impl<P: Platform> Target<P> {
                 zero_init: mapped.zero_init,
                 skip_unallocated: mapped.backing.is_some(),
                 allocate_all: false,
-                unit: mapped.unit,
+                unit: mapped.unit.max(mapped.grain),
                 chunk: CHUNK.max(mapped.unit),
                 held_back: 0,
             },
