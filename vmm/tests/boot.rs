@@ -8,6 +8,7 @@ use instar_guest_protocol::port;
 use instar_vmm::{Error, Event, Sandbox, Settings};
 use std::mem::offset_of;
 use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use zerocopy::FromBytes;
 
 #[test]
@@ -68,10 +69,11 @@ fn the_boot_page_says_what_there_is() {
         return;
     }
     let file = tempfile::tempfile().unwrap();
+    file.write_all_at(&[1; 5000], 0).unwrap();
     file.set_len(12_345).unwrap();
     let guest = Guest::new()
         .message(BOOT, size_of::<BootPage>() as u64)
-        .message(BOOT + 0x2000, 32)
+        .message(BOOT + 0x2000, 2 * size_of::<DeviceInfo>() as u64)
         .message(BOOT + 0x1_0000, 7)
         .exit();
     let outcome = guest.run(&[(&file, false), (&file, true)]).unwrap();
@@ -85,6 +87,8 @@ fn the_boot_page_says_what_there_is() {
     assert_eq!(page.vcpus[2].transport.queue_max, 128);
     let devices = <[DeviceInfo; 2]>::read_from_bytes(&outcome.messages[1]).unwrap();
     assert_eq!(devices.map(|d| (d.len, d.flags)), [(12_345, 0), (12_345, DeviceFlags::WRITABLE.bits())]);
+    let allocated = file.metadata().unwrap().blocks() * 512;
+    assert!(allocated >= 5000 && devices.iter().all(|device| device.allocated == allocated));
     assert_eq!(outcome.messages[2], b"request");
 }
 

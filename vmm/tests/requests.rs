@@ -6,6 +6,7 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 
 use common::{PAYLOAD, Requests, header, kvm_or_skip, settings, statuses};
+use instar_guest_protocol::boot::{DeviceFlags, DeviceInfo};
 use instar_guest_protocol::ring::{
     HoleRun, RequestFlags, RequestHeader, RequestKind, RequestStatus, STATUS_IO_ERROR, STATUS_OK, STATUS_REFUSED,
     STATUS_TARGET_ERROR,
@@ -485,7 +486,7 @@ fn block_devices_do_not_grow() {
             .add(header(RequestKind::Holes, 0, 0, end), &[(PAYLOAD + 64, 64)])
             .add(header(RequestKind::Flush, 0, 0, 0), &[])
             .add(copy, &[]),
-        &[(PAYLOAD + 64, 16), (common::BOOT + 0x2000, 16)],
+        &[(PAYLOAD + 64, 16), (common::BOOT + 0x2000, size_of::<DeviceInfo>() as u64)],
         &[(&block, true), (&target, true)],
     );
     let refused: Vec<usize> = (0..12).filter(|i| status[*i] == REFUSED).collect();
@@ -493,7 +494,8 @@ fn block_devices_do_not_grow() {
     assert!(status.iter().all(|status| *status == REFUSED || status.status == STATUS_OK), "{status:?}");
     // The host can't tell holes of a block device.
     assert_eq!(<[u64; 2]>::read_from_bytes(&shown[0]).unwrap(), [end, 1]);
-    assert_eq!(<[u64; 2]>::read_from_bytes(&shown[1]).unwrap(), [end, 3], "length and flags");
+    let told = DeviceInfo::read_from_bytes(&shown[1]).unwrap();
+    assert_eq!((told.len, told.flags), (end, (DeviceFlags::BLOCK_DEVICE | DeviceFlags::WRITABLE).bits()));
     let mut expected = bytes;
     expected[100..105].copy_from_slice(b"block");
     expected[1000..4000].fill(0);

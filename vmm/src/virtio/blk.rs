@@ -229,7 +229,27 @@ pub fn write_zeroes(device: &Device, offset: u64, len: u64, unmap: bool, scratch
     if let Some(result) = zeroed {
         return Ok(result.map(|()| 0)?);
     }
+    if device.grows() {
+        // Where that is not known (tmpfs): a hole, and space for it.
+        let inside = old_end.min(end).saturating_sub(offset);
+        let cleared = match inside {
+            0 => Some(Ok(())),
+            inside => Lacks::try_once(&device.lacks.punch_hole, || punch(device.file(), offset, inside)),
+        };
+        if let Some(Ok(())) = cleared {
+            match reserve(device, offset, end) {
+                Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
+                result => return Ok(result.map(|()| 0)?),
+            }
+        }
+    }
     fill_with_zeroes(device, offset, end, scratch)
+}
+
+/// Takes space for `offset` to `end`. What is there stays; the file grows.
+fn reserve(device: &Device, offset: u64, end: u64) -> rustix::io::Result<()> {
+    let len = end - offset;
+    device.growing(end, || retry_on_intr(|| fallocate(device.file(), FallocateFlags::empty(), offset, len)))
 }
 
 /// Writes zeroes from `offset` to `end`.
@@ -301,8 +321,7 @@ fn allocate(device: &Device, offset: u64, len: u64, scratch: &mut Scratch) -> Re
         return Ok(0);
     }
     let end = offset + len;
-    let done = device.growing(end, || retry_on_intr(|| fallocate(device.file(), FallocateFlags::empty(), offset, len)));
-    match done {
+    match reserve(device, offset, end) {
         // Only the new part can be allocated by hand without disturbing what is there.
         Err(Errno::OPNOTSUPP | Errno::NOSYS) if end > device.len() => {
             fill_with_zeroes(device, offset.max(device.len()), end, scratch)
