@@ -461,14 +461,12 @@ fn filled(runs: Vec<Piece>, chunk: &Chunk, grain: u64) -> Vec<Piece> {
         }
         let Some(around) = segment else { break };
         let end = (run.offset + run.len).next_multiple_of(grain).min(around.offset + around.len);
-        match pieces.last_mut() {
-            // The cluster of the run before.
-            Some(last) if last.offset + last.len > run.offset => last.len = last.len.max(end - last.offset),
-            _ => {
-                let offset = (run.offset - run.offset % grain).max(around.offset);
-                let kind = PieceKind::Data { at: around.at + (offset - around.offset) as usize };
-                push_joined(&mut pieces, Piece { offset, len: end - offset, kind });
-            }
+        // The run before may have filled the cluster. Runs are not joined: clusters and tables have their places in that order.
+        let filled = pieces.last().map_or(0, |last| last.offset + last.len);
+        let offset = (run.offset - run.offset % grain).max(around.offset).max(filled);
+        if offset < end {
+            let kind = PieceKind::Data { at: around.at + (offset - around.offset) as usize };
+            pieces.push(Piece { offset, len: end - offset, kind });
         }
     }
     pieces

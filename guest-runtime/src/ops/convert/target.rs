@@ -22,7 +22,7 @@ const CHUNK: u64 = 2 << 20;
 /// Bytes of a chunk that goes to a flat file, mostly by copy requests.
 const RAW_CHUNK: u64 = 4 << 20;
 
-/// Clusters of a new image up to this many bytes are written as a whole, as QEMU does.
+/// Clusters of a new image up to this many bytes are written as a whole, as QEMU does; not those with subclusters.
 const MAX_FILLED: u64 = 64 << 10;
 /// Bytes of the granules of QEMU's dirty bitmaps.
 const GRANULES: core::ops::RangeInclusive<u64> = 4 << 10..=64 << 10;
@@ -98,8 +98,8 @@ impl<P: Platform> Target<P> {
             None if whole_units => image.disk().alloc_unit(),
             None => 1,
         };
-        let grain = match unit {
-            1 => Some(image.disk().alloc_unit()).filter(|&unit| unit <= MAX_FILLED).unwrap_or(1),
+        let grain = match image.cluster_size() {
+            cluster if unit == 1 && cluster <= MAX_FILLED && cluster == image.disk().alloc_unit() => cluster,
             _ => 1,
         };
         Ok(Self::Mapped(Box::new(MappedTarget {
