@@ -58,6 +58,8 @@ struct Sequence {
     zstd: bool,
     /// Clusters are smaller than 4 KiB.
     fine: bool,
+    /// Clusters are smaller than those of an image with the usual ones.
+    small: bool,
     /// The last command failed on both sides.
     failed: bool,
 }
@@ -111,6 +113,7 @@ impl Sequence {
             bitmaps: 0,
             zstd: false,
             fine: false,
+            small: false,
             failed: false,
         })
     }
@@ -135,6 +138,7 @@ impl Sequence {
     fn setup(&mut self) -> Result {
         let cluster = self.random.pick(&["512", "4k", "64k", "64k", "2M"]);
         self.fine = cluster == "512";
+        self.small = matches!(cluster, "512" | "4k");
         let subclusters = matches!(cluster, "64k" | "2M") && self.random.one_in(4);
         self.size = match self.random.below(4) {
             0 => self.random.below(300) * 512,
@@ -431,8 +435,8 @@ impl Sequence {
             self.prepare(&["create", "-q", "-f", "qcow2", "e.qcow2", &size])?;
             self.write("e.qcow2", "qcow2")?;
             self.same(Compare::All, &["convert", "-n", "-O", "qcow2", image, "e.qcow2"])?;
-            // Where zeroes do not begin at 4 KiB, qemu-img writes some of them out.
-            let compare = if self.fine { Compare::Status } else { Compare::Placeless };
+            // Where a run of zeroes ends inside of a cluster with data, qemu-img writes some of them out.
+            let compare = if self.small { Compare::Status } else { Compare::Placeless };
             self.same(compare, &["map", "--output=json", "e.qcow2"])?;
             return self.same_contents("e.qcow2", "qcow2");
         }
