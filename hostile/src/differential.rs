@@ -499,8 +499,9 @@ impl Sequence {
         }
         args.extend(["n", &size]);
         self.same(Compare::All, &args)?;
-        // Over a file that was there, both leave an empty one.
-        if self.failed { Ok(()) } else { self.same_contents("n", format) }
+        // Over a file that was there, both leave an empty one. qemu-img can't open the empty VHD that it makes.
+        let unopenable = format == "vpc" && size == "0";
+        if self.failed || unopenable { Ok(()) } else { self.same_contents("n", format) }
     }
 
     /// An image of another format, made of one of the two; and what is asked of it or done to it.
